@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'EXPECTED_LABELS', 'CHUNK', 'Prompt', 'read_prompt', 'Packing', 'pack', 'forward_rows', 'attention_mask',
-           'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Channel', 'channel', 'check_length', 'Batch',
-           'make_batch', 'logits', 'hard_logits']
+           'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches', 'Channel',
+           'channel', 'check_length', 'logits', 'hard_logits']
 
-# %% ../nbs/04_discriminator.ipynb #c657159a
+# %% ../nbs/04_discriminator.ipynb #03f0e313
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #92a35505
+# %% ../nbs/04_discriminator.ipynb #eeb13f1c
 PROMPTS = {
-    "words": ("Examples of {label}:", "Here are some {label}:"),
+    "words": ("Examples of {label}:", "There are many kinds of {label}:"),
     "texts": ("Text about {label}:",),
 }
 
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #a61b3c52
+# %% ../nbs/04_discriminator.ipynb #81c7826b
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #c23ab925
+# %% ../nbs/04_discriminator.ipynb #e91d3e48
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #a4665bfd
+# %% ../nbs/04_discriminator.ipynb #7a3730d9
 def token_log_probs(
     lm: LM,
     prompt: Prompt,
@@ -133,7 +133,7 @@ def token_log_probs(
     logits = lm.logits(hidden[:, places]).float()  # [B, places, V]
     return logits[:, of_token, packing.target] - logits.logsumexp(-1)[:, of_token]
 
-# %% ../nbs/04_discriminator.ipynb #c5212069
+# %% ../nbs/04_discriminator.ipynb #fadeb730
 EXPECTED_LABELS = 16
 
 
@@ -168,45 +168,7 @@ def in_chunks(
     size = max(1, CHUNK // (len(packing.source.unique()) * len(lm.embedding)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #75840a9a
-@dataclass(frozen=True, eq=False)
-class Channel:
-    "Predicts from a label where a feature fires; made by `channel`."
-    lm: LM
-    tokens: TokenizedFeature
-    prompts: tuple[Prompt, ...]
-    baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
-    log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
-
-
-def channel(
-    lm: LM,
-    tokens: TokenizedFeature,
-    prompts: Sequence[str] | None = None,  # with {label} in each; left out: `PROMPTS` of the feature's mode
-) -> Channel:
-    "The channel discriminator of a feature; raises ValueError for a bad prompt, or texts too long for the model."
-    if isinstance(prompts, str) or prompts is not None and not prompts:
-        raise ValueError(f"prompts is {prompts!r}; give a list of one prompt or more")
-    read = tuple(read_prompt(text, lm) for text in prompts or PROMPTS[tokens.feature.mode])
-    check_length(lm, read, tokens)
-    packing = pack(tokens.sequences)
-    baseline = torch.stack([marginal_log_probs(lm, p, packing, tokens.token_position) for p in read]).mean(0)
-    return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
-
-
-def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) -> None:
-    "Raise ValueError, naming the text, if one does not fit behind the prompts."
-    config = lm.model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min((x for x in limits if x), default=None)
-    if limit is None: return
-    room = limit - max(len(p.before) + 1 + len(p.after) for p in prompts)
-    for i, ids in enumerate(tokens.sequences):
-        if len(ids) > room:
-            raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
-                             "split it")
-
-# %% ../nbs/04_discriminator.ipynb #d11a498f
+# %% ../nbs/04_discriminator.ipynb #4767be34
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -229,6 +191,58 @@ def make_batch(
     return Batch(pack([tokens.sequences[i] for i in chosen]), token, of_unit, unit)
 
 
+def all_batches(
+    tokens: TokenizedFeature,
+    most: int = 1024,  # tokens in a batch, unless one sequence alone has more
+) -> list[Batch]:  # their units, put together, are all units in order
+    "All of a feature, in batches small enough for memory."
+    parts, size = [[]], 0
+    for i, ids in enumerate(tokens.sequences):
+        if parts[-1] and size + len(ids) > most: parts, size = [*parts, []], 0
+        parts[-1].append(i)
+        size += len(ids)
+    return [make_batch(tokens, part) for part in parts]
+
+# %% ../nbs/04_discriminator.ipynb #b917cc39
+@dataclass(frozen=True, eq=False)
+class Channel:
+    "Predicts from a label where a feature fires; made by `channel`."
+    lm: LM
+    tokens: TokenizedFeature
+    prompts: tuple[Prompt, ...]
+    baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
+    log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
+
+
+def channel(
+    lm: LM,
+    tokens: TokenizedFeature,
+    prompts: Sequence[str] | None = None,  # with {label} in each; left out: `PROMPTS` of the feature's mode
+) -> Channel:
+    "The channel discriminator of a feature; raises ValueError for a bad prompt, or texts too long for the model."
+    if isinstance(prompts, str) or prompts is not None and not prompts:
+        raise ValueError(f"prompts is {prompts!r}; give a list of one prompt or more")
+    read = tuple(read_prompt(text, lm) for text in prompts or PROMPTS[tokens.feature.mode])
+    check_length(lm, read, tokens)
+    baseline = torch.cat([torch.stack([
+        marginal_log_probs(lm, p, batch.packing, tokens.token_position[batch.token]) for p in read]).mean(0)
+        for batch in all_batches(tokens)])
+    return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
+
+
+def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) -> None:
+    "Raise ValueError, naming the text, if one does not fit behind the prompts."
+    config = lm.model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    limit = min((x for x in limits if x), default=None)
+    if limit is None: return
+    room = limit - max(len(p.before) + 1 + len(p.after) for p in prompts)
+    for i, ids in enumerate(tokens.sequences):
+        if len(ids) > room:
+            raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
+                             "split it")
+
+# %% ../nbs/04_discriminator.ipynb #ea171f3a
 def logits(
     channel: Channel,
     label: Tensor,  # [B, T, d], embeddings of B labels of T tokens

@@ -1,0 +1,52 @@
+# Two commands do everything: `make reproduce` and `make test`. Each makes .venv if it is missing.
+
+SHELL       := bash
+.SHELLFLAGS := -o pipefail -c
+
+# Threads that spin while they wait slow each other down where there are fewer free cores than threads.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+# The first of these that runs and is new enough (a name on the PATH alone may be a pyenv shim that leads nowhere).
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+# What `make reproduce` passes on: QUICK=1, SEEDS=n, EXPERIMENTS="animals"
+OPTIONS := $(EXPERIMENTS) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(QUICK),--quick)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help reproduce test export
+
+help: ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (QUICK=1, SEEDS=n, EXPERIMENTS="animals")
+	$(BIN)/tokenlabel fetch
+	$(BIN)/tokenlabel $(strip reproduce $(OPTIONS))
+
+test: $(STAMP) ## check that code, notebooks and README agree, run the lessons and the tests
+	$(BIN)/tokenlabel fetch
+	$(BIN)/python -m pytest -ra tests
+
+export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clean these
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	rm -f README.md
+	$(MAKE) README.md
+
+# Links and pictures in the notebook are relative to nbs/, those in README.md to the folder above. The language of code
+# is named once more, because clean notebooks do not carry it.
+README.md: nbs/index.ipynb $(STAMP)
+	$(BIN)/python -m nbconvert --to markdown --stdout $< \
+	  | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
+	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")([A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(if $(PYTHON)$(wildcard $(BIN)/python),,$(error tokenlabel needs Python 3.11 or newer, found $(shell python3 --version 2>&1); \
+	  install it, or name it: make PYTHON=/path/to/python3.11))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@

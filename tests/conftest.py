@@ -1,0 +1,94 @@
+"""Fixtures for all tests: the default model, and tiny random models of several families."""
+from functools import lru_cache
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tokenlabel.lm import LM, load_lm
+
+FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "gemma3", "gpt_neox", "phi", "opt")
+
+TOKENIZER_SIZE = 300  # special tokens + 256 bytes + a few merges
+MODEL_SIZE = 320  # the models' vocabularies are padded beyond the tokenizer's
+
+TEXT = """the cat and the dog are animals, and the horse is an animal too. The house, the car and the red
+book are things. Examples of animals: cat, dog, horse. Text about animals: the cat sat on the mat."""
+
+
+def tiny_tokenizer(bos: bool) -> transformers.PreTrainedTokenizerFast:
+    "A byte-level BPE tokenizer with 300 tokens; puts <bos> in front of its input if `bos`."
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    assert tokenizer.get_vocab_size() == TOKENIZER_SIZE
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def tiny_config(family: str) -> transformers.PretrainedConfig:
+    "Two layers of width 32. The spread of the weights is large enough for outputs to differ visibly."
+    common = dict(vocab_size=MODEL_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=256, initializer_range=0.2)
+    grouped = dict(num_key_value_heads=2, head_dim=8)
+    match family:
+        case "llama":
+            return transformers.LlamaConfig(**common, **sizes, **grouped)
+        case "gpt2":
+            return transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+                                           initializer_range=0.2)
+        case "qwen2":
+            return transformers.Qwen2Config(**common, **sizes, num_key_value_heads=2, tie_word_embeddings=True)
+        case "gemma":
+            return transformers.GemmaConfig(**common, **sizes, **grouped)
+        case "gemma3":
+            return transformers.Gemma3TextConfig(
+                **common, **sizes, **grouped, sliding_window=128, query_pre_attn_scalar=8,
+                layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=20.0,
+            )
+        case "gpt_neox":
+            return transformers.GPTNeoXConfig(**common, **sizes)
+        case "phi":
+            return transformers.PhiConfig(**common, **sizes)
+        case "opt":  # embeddings narrower than the layers
+            return transformers.OPTConfig(
+                **common, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=256, init_std=0.2, do_layer_norm_before=True,
+            )
+    raise ValueError(f"no tiny model of family {family!r}; there is {', '.join(FAMILIES)}")
+
+
+def tiny_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):  # models are initialised from the global generator
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+
+
+@lru_cache
+def make_tiny_lm(family: str, seed: int = 0) -> LM:
+    "A random model of one of FAMILIES; llama, gemma, gemma3 and opt start their input with <bos>."
+    bos = family in ("llama", "gemma", "gemma3", "opt")
+    return load_lm(tiny_model(family, seed), tokenizer=tiny_tokenizer(bos))
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    "`tiny_lm(family, seed=0)`: a random model of one of FAMILIES."
+    return make_tiny_lm
+
+
+@pytest.fixture(scope="session")
+def lm() -> LM:
+    "The default model; the first time ever, it is downloaded and converted."
+    return load_lm()

@@ -1,0 +1,269 @@
+"""The objective: accuracy with a fitted bias, entropy, KL, and what their sum does."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from tokenlabel.objective import (LossWeights, balanced_bce, class_accuracy, class_weights, fit_bias, kl_divergence,
+                                  objective)
+from tokenlabel.softlabel import entropy, log_softlabel
+
+few = settings(max_examples=40, deadline=None)
+V = 24
+ADMISSIBLE = torch.arange(V) % 6 != 0
+numbers = st.floats(-30, 30, width=32)
+units = st.lists(st.tuples(numbers, st.floats(0, 1, width=32)), min_size=2, max_size=30)
+
+
+def generator(seed: int) -> torch.Generator: return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def prior(seed: int) -> torch.Tensor:
+    "A prior over the admissible tokens, as a prompt has it."
+    return log_softlabel(normal(seed, V), 1.0, ADMISSIBLE)
+
+
+def problem(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    "z and activation in double precision, of both classes."
+    z, a = torch.tensor(rows, dtype=torch.float64).T
+    assume(a.sum() > 0.01 and (1 - a).sum() > 0.01)
+    return z, a
+
+
+def slow_bce(z, a, active: float) -> float:
+    "Balanced cross-entropy, one unit after the other."
+    total_on, total_off, loss = sum(a), sum(1 - x for x in a), 0.0
+    for zi, ai in zip(z, a):
+        loss += active * ai / total_on * np.logaddexp(0, -zi)
+        loss += (1 - active) * (1 - ai) / total_off * np.logaddexp(0, zi)
+    return loss
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@given(units, st.floats(0.01, 0.99))
+@few
+def test_bce_equals_a_loop(rows, active):
+    z, a = problem(rows)
+    assert balanced_bce(z, a, active).item() == pytest.approx(slow_bce(z.tolist(), a.tolist(), active), rel=1e-9)
+
+
+@given(units)
+@few
+def test_with_the_natural_share_it_is_the_cross_entropy_of_textbooks(rows):
+    z, a = problem(rows)
+    textbook = binary_cross_entropy_with_logits(z, a)
+    assert balanced_bce(z, a, a.mean().item()).item() == pytest.approx(textbook.item(), rel=1e-9)
+
+
+def test_balanced_is_the_mean_of_the_two_classes_means():
+    z, a = normal(0, 50), (torch.arange(50) < 7).double()
+    on, off = (binary_cross_entropy_with_logits(z[a == x], a[a == x]) for x in (1, 0))
+    assert torch.allclose(balanced_bce(z, a), (on + off) / 2)
+    assert torch.allclose(balanced_bce(z, a, 0.9), 0.9 * on + 0.1 * off)
+
+
+@given(units, st.integers(2, 5), st.booleans())
+@few
+def test_copies_of_all_units_of_one_class_change_nothing(rows, copies, which):
+    z, a = torch.tensor(rows, dtype=torch.float64).T
+    a = a.round()
+    assume(0 < a.sum() < len(a))
+    many_z = torch.cat([z] + (copies - 1) * [z[a == which]])
+    many_a = torch.cat([a] + (copies - 1) * [a[a == which]])
+    assert torch.allclose(balanced_bce(many_z, many_a, 0.3), balanced_bce(z, a, 0.3))
+    assert torch.allclose(fit_bias(many_z, many_a, 0.3), fit_bias(z, a, 0.3), atol=1e-6)
+
+
+def test_an_activation_between_0_and_1_is_a_unit_of_both_classes():
+    # a unit of activation .25 counts as 1/4 active and 3/4 inactive unit
+    z = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    a = torch.tensor([1.0, 0.0, 0.25], dtype=torch.float64)
+    split_z = torch.cat([z[[0]].repeat(4), z[[1]].repeat(4), z[[2]].repeat(4)])
+    split_a = torch.tensor([1.0] * 4 + [0.0] * 4 + [1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert torch.allclose(balanced_bce(z, a), balanced_bce(split_z, split_a))
+    on, off = class_weights(a, 0.5)
+    assert torch.allclose(on, 0.5 * a / 1.25) and torch.allclose(off, 0.5 * (1 - a) / 1.75)
+
+
+def test_the_class_weights_sum_to_one():
+    on, off = class_weights(torch.rand(30, generator=generator(0)), 0.2)
+    assert on.sum().item() == pytest.approx(0.2) and off.sum().item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_one_class_alone_is_refused(value):
+    z, a = torch.zeros(5), torch.full((5,), value)
+    for function in (balanced_bce, fit_bias):
+        with pytest.raises(ValueError, match="both classes"): function(z, a)
+    with pytest.raises(ValueError, match="both classes"): class_weights(a)
+
+
+# --- the bias ---------------------------------------------------------------------------------------------------------
+
+
+@given(units, st.floats(0.05, 0.95))
+@few
+def test_no_other_bias_is_better(rows, active):
+    z, a = problem(rows)
+    bound = (-z.max().item() - 40, -z.min().item() + 40)
+    slow = minimize_scalar(lambda b: slow_bce((z + b).tolist(), a.tolist(), active), bounds=bound, method="bounded",
+                           options=dict(xatol=1e-9))
+    loss = balanced_bce(z + fit_bias(z, a, active), a, active)
+    assert loss.item() <= slow.fun + 1e-7
+
+
+def test_the_bias_is_where_a_general_optimizer_finds_it():
+    for seed in range(5):  # the classes overlap, so the minimum is a sharp one
+        z, a = 2 * normal(seed, 60), torch.rand(60, generator=generator(seed), dtype=torch.float64)
+        slow = minimize_scalar(lambda b: slow_bce((z + b).tolist(), a.tolist(), 0.3), tol=1e-12)
+        assert fit_bias(z, a, 0.3).item() == pytest.approx(slow.x, abs=1e-5)
+
+
+def test_the_bias_has_no_gradient():
+    assert not fit_bias(normal(0, 2, 10).requires_grad_(), (torch.arange(10) < 3).double()).requires_grad
+
+
+@given(units, st.floats(-50, 50))
+@few
+def test_a_constant_added_to_z_changes_no_loss(rows, shift):
+    z, a = problem(rows)
+    a_loss, b_loss = (balanced_bce(x + fit_bias(x, a), a) for x in (z, z + shift))
+    assert a_loss.item() == pytest.approx(b_loss.item(), abs=1e-8)
+
+
+def test_the_loss_of_a_constant_z_is_log_2_however_rare_the_feature():
+    a = (torch.arange(1000) < 3).float()
+    for value in (-17.0, 0.0, 300.0):
+        z = torch.full((1000,), value)
+        assert balanced_bce(z + fit_bias(z, a), a).item() == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_huge_logits_stay_finite(dtype, scale):
+    z = (scale * normal(1, 3, 40)).to(dtype).requires_grad_()
+    a = (torch.arange(40) % 4 == 0).to(dtype)
+    log_p = log_softlabel(normal(2, 3, V, dtype=dtype), 1.0, ADMISSIBLE)
+    losses = objective(z, a, log_p, prior(0).to(dtype), LossWeights())
+    losses.total.sum().backward()
+    assert all(torch.isfinite(part).all() for part in losses) and torch.isfinite(z.grad).all()
+    ideal = scale * (2 * a - 1)  # separates the classes
+    assert balanced_bce(ideal + fit_bias(ideal, a), a) < 1e-6
+    assert balanced_bce(-ideal + fit_bias(-ideal, a), a) == pytest.approx(scale, rel=0.01)  # inverts them
+
+
+# --- entropy and KL ---------------------------------------------------------------------------------------------------
+
+
+def test_entropy_and_kl_equal_those_of_torch():
+    log_p, log_q = prior(1), prior(2)
+    p, q = (torch.distributions.Categorical(logits=x[ADMISSIBLE]) for x in (log_p, log_q))
+    assert torch.allclose(kl_divergence(log_p, log_q), torch.distributions.kl_divergence(p, q))
+    assert torch.allclose(entropy(log_p), p.entropy())
+    assert kl_divergence(log_q, log_q).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_kl_from_the_mean_log_prior_is_the_mean_of_the_kls_of_the_prompts():
+    log_p, priors = torch.stack([prior(9), prior(8)]), torch.stack([prior(s) for s in range(4)])
+    slow = [sum(math.exp(p) * (p - q) for row in priors.tolist() for p, q in zip(one, row)) / 4
+            for one in log_p.tolist()]
+    assert kl_divergence(log_p, priors.mean(0)).tolist() == pytest.approx(slow)
+
+
+def test_kl_of_one_token_is_its_surprise():
+    hard = log_softlabel(torch.where(torch.arange(V) == 7, 0.0, -1e4), 1.0, ADMISSIBLE).double()
+    assert kl_divergence(hard, prior(3)).item() == pytest.approx(-prior(3)[7].item())
+
+
+def test_the_gradient_of_kl_for_v_equals_finite_differences():
+    v = normal(5, 2, V).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v: kl_divergence(log_softlabel(v, 0.6, ADMISSIBLE), prior(4)), (v,), eps=1e-6, atol=1e-7)
+    kl_divergence(log_softlabel(v, 0.6, ADMISSIBLE), prior(4)).sum().backward()
+    assert (v.grad[:, ~ADMISSIBLE] == 0).all() and (v.grad[:, ADMISSIBLE] != 0).all()
+
+
+@given(st.integers(0, 99), st.floats(0, 1), st.floats(0.01, 2))
+@few
+def test_with_equal_weights_of_entropy_and_kl_the_rest_is_linear_in_p(seed, share, weight):
+    # so a mixture costs what its parts cost, and nothing asks for a single token
+    equal = LossWeights(accuracy=0.0, entropy=weight, kl=weight)
+    a, b = prior(seed), prior(seed + 100)
+    mixture = (share * a.exp() + (1 - share) * b.exp()).log().clamp(min=-1e9)
+    z, activation = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    of_a, of_b, of_mixture = (objective(z, activation, x[None], prior(1000), equal).total.item()
+                              for x in (a, b, mixture))
+    assert of_mixture == pytest.approx(share * of_a + (1 - share) * of_b, abs=1e-9)
+
+
+# --- the sum ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_objective_is_the_weighted_sum_of_its_parts():
+    z, a, weights = normal(0, 3, 12), torch.rand(12, generator=generator(1)).double(), LossWeights(2.0, 0.3, 0.07, 0.2)
+    log_p = log_softlabel(normal(1, 3, V), 1.0, ADMISSIBLE)
+    losses = objective(z, a, log_p, prior(2), weights)
+    for r in range(3):
+        bias = minimize_scalar(lambda b: slow_bce((z[r] + b).tolist(), a.tolist(), 0.2)).x
+        accuracy = slow_bce((z[r] + bias).tolist(), a.tolist(), 0.2)
+        p, q = log_p[r].exp().tolist(), prior(2).tolist()
+        h = -sum(x * math.log(x) for x in p if x)
+        kl = sum(x * (math.log(x) - y) for x, y in zip(p, q) if x)
+        assert losses.bias[r].item() == pytest.approx(bias, abs=1e-5)
+        assert [x[r].item() for x in losses[1:4]] == pytest.approx([accuracy, h, kl])
+        assert losses.total[r].item() == pytest.approx(2.0 * accuracy + 0.3 * h + 0.07 * kl)
+
+
+def test_the_gradient_equals_finite_differences_with_the_bias_fitted_anew():
+    to_logits, a = 3 * normal(6, V, 30), torch.rand(30, generator=generator(7), dtype=torch.float64)
+    v = normal(8, 2, V).requires_grad_()
+
+    def total(v):
+        log_p = log_softlabel(v, 0.7, ADMISSIBLE)
+        return objective(log_p.exp() @ to_logits, a, log_p, prior(5), LossWeights(1.0, 0.2, 0.1, 0.3)).total
+
+    assert torch.autograd.gradcheck(total, (v,), eps=1e-5, atol=1e-6)
+    total(v).sum().backward()
+    assert (v.grad[:, ADMISSIBLE] != 0).all()
+
+
+def test_restarts_are_independent():
+    z, a = 5 * normal(0, 4, 15), (torch.arange(15) < 4).double()
+    log_p = log_softlabel(normal(1, 4, V), 0.5, ADMISSIBLE)
+    stacked = objective(z, a, log_p, prior(2), LossWeights())
+    for r in range(4):
+        alone = objective(z[[r]], a, log_p[[r]], prior(2), LossWeights())
+        for one, many in zip(alone, stacked): assert torch.allclose(one[0], many[r], rtol=1e-12)
+
+
+def test_accuracy_of_the_classes_is_counted_on_either_side_of_zero():
+    z = torch.tensor([[-1.0, 2.0, 3.0, -4.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    a = torch.tensor([1.0, 0.5, 0.7, 0.0, 0.2, 0.49])
+    on, off = class_accuracy(z, a)
+    assert on.tolist() == pytest.approx([2 / 3, 1.0]) and off.tolist() == pytest.approx([2 / 3, 0.0])
+
+
+@pytest.mark.parametrize("name", ["accuracy", "entropy", "kl"])
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_a_negative_weight_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}="): LossWeights(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.0, 1.0, 1.5, math.nan])
+def test_a_share_of_the_active_class_outside_0_to_1_is_refused(value):
+    with pytest.raises(ValueError, match="active="): LossWeights(active=value)
+
+
+def test_weights_of_zero_are_fine():
+    assert LossWeights(accuracy=0, entropy=0, kl=0).accuracy == 0

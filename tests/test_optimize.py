@@ -1,0 +1,584 @@
+"""The optimizer: schedule, sampling, the search on tiny random models, and what becomes of a result."""
+import json
+import math
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_tiny_lm, tiny_config, tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
+from scipy.optimize import minimize_scalar
+from test_discriminator import naive_logits
+from transformers import AutoModelForCausalLM
+
+import tokenlabel.optimize as module
+from tokenlabel.discriminator import channel
+from tokenlabel.feature import Feature, tokenize
+from tokenlabel.lm import load_lm
+from tokenlabel.objective import LossWeights
+from tokenlabel.optimize import LabelResult, Search, draw_sequences, has_collapsed, label_feature, rank_labels, schedule
+
+few = settings(max_examples=60, deadline=None)
+
+ACTIVE = "cat dog horse cow sheep goat mouse bird".split()
+INACTIVE = "car house book red lamp tree stone river".split()
+WORDS = Feature.from_words("animals", ACTIVE, INACTIVE)
+SENTENCES = ["the cat sat on the mat.", "a dog and a horse ran.", "the house is red.", "no book is here.",
+             "one cow, one goat.", "the mouse saw a bird.", "a lamp and a stone."]
+
+
+def texts_of(activation) -> Feature:
+    "The sentences, with `activation(word)` on each animal in them."
+    spans = [[(text.index(word), text.index(word) + len(word), activation(word)) for word in ACTIVE if word in text]
+             for text in SENTENCES]
+    return Feature.from_texts("animals", SENTENCES, spans)
+
+
+TEXTS = texts_of(lambda word: 1.0)
+FEATURES = {"words": WORDS, "texts": TEXTS}
+
+
+def run(feature=WORDS, family="llama", seed=0, **options) -> LabelResult:
+    "A short search on a tiny model."
+    return label_feature(feature, make_tiny_lm(family), seed=seed,
+                         **(dict(steps=12, restarts=2, progress=False) | options))
+
+
+@pytest.fixture(scope="module", params=FEATURES)
+def result(request) -> LabelResult:
+    "One search in each mode, for tests that only look at it."
+    return run(FEATURES[request.param])
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    "Let Ctrl-C come before this step."
+    real = Search.step
+
+    def interrupted(self):
+        if self.done == step: raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Search, "step", interrupted)
+
+
+def same_frame(a: pd.DataFrame, b: pd.DataFrame) -> None: assert_frame_equal(a, b, check_exact=True)
+
+
+def same_result(a: LabelResult, b: LabelResult) -> None:
+    "Equal in all but the time taken."
+    for name in ("ranking", "heldout", "trace"): same_frame(getattr(a, name), getattr(b, name))
+    for name in ("label", "feature", "soft", "settings", "interrupted"): assert getattr(a, name) == getattr(b, name)
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 300), st.floats(0.1, 10), st.floats(0.01, 1), st.floats(0, 5))
+@few
+def test_the_schedule_goes_from_its_first_values_to_its_last_and_never_back(steps, first, share, entropy):
+    last = first * share
+    points = [schedule(step, steps, (first, last), entropy) for step in range(steps)]
+    assert points[0] == pytest.approx((first, 0)) and points[-1] == pytest.approx((last, entropy))
+    for (t, w), (next_t, next_w) in zip(points, points[1:]):
+        assert next_t <= t * (1 + 1e-12) and next_w >= w
+    ratios = [b[0] / a[0] for a, b in zip(points, points[1:])]
+    assert ratios == pytest.approx([share ** (1 / (steps - 1))] * (steps - 1))  # the same fall at each step
+
+
+def test_a_schedule_of_one_step_is_its_beginning():
+    assert schedule(0, 1, (1.0, 0.1), 0.2) == (1.0, 0.0)
+
+
+# --- drawing sequences ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.data())
+@few
+def test_a_draw_has_its_size_and_is_as_balanced_as_can_be(n_active, n_inactive, data):
+    total = n_active + n_inactive
+    if total == 0: return
+    size, seed = data.draw(st.integers(1, total)), data.draw(st.integers(0, 999))
+    numbers = torch.randperm(100, generator=torch.Generator().manual_seed(seed))[:total]
+    active, inactive = numbers[:n_active], numbers[n_active:]
+    drawn = draw_sequences(active, inactive, size, torch.Generator().manual_seed(seed))
+    assert len(drawn) == len(set(drawn)) == size and drawn == sorted(drawn)
+    assert set(drawn) <= set(numbers.tolist())
+    possible = range(max(0, size - n_inactive), min(n_active, size) + 1)
+    assert len(set(drawn) & set(active.tolist())) == min(possible, key=lambda n: (abs(n - size / 2), n))
+    assert drawn == draw_sequences(active, inactive, size, torch.Generator().manual_seed(seed))
+
+
+def test_in_the_long_run_every_sequence_is_drawn_equally_often():
+    generator, counts = torch.Generator().manual_seed(0), np.zeros(20)
+    for _ in range(1000): counts[draw_sequences(torch.arange(5), torch.arange(5, 20), 6, generator)] += 1
+    assert np.abs(counts[:5] / 600 - 1).max() < 0.15 and np.abs(counts[5:] / 200 - 1).max() < 0.25
+
+
+# --- when to stop -----------------------------------------------------------------------------------------------------
+
+
+def trace_of(*tops: list[tuple[str, float]]) -> list[dict]:
+    "A trace from the top token of each restart, step by step."
+    return [dict(step=step, restart=r, tokens=[token, "x"], probabilities=[p, 1 - p])
+            for step, restarts in enumerate(tops) for r, (token, p) in enumerate(restarts)]
+
+
+SETTLED = [("a", 0.995), ("b", 0.999)]
+
+
+@pytest.mark.parametrize("tops, expected", [
+    (5 * [SETTLED], True),
+    (4 * [SETTLED], False),  # not for long enough
+    ([], False),
+    ([[("c", 0.2), ("c", 0.2)]] + 5 * [SETTLED], True),
+    (5 * [SETTLED] + [[("a", 0.98), ("b", 0.999)]], False),  # one is not sure any more
+    (2 * [SETTLED] + [[("c", 0.999), ("b", 0.999)]] + 2 * [SETTLED], False),  # one changed its mind
+    (2 * [SETTLED] + 3 * [SETTLED[::-1]], False),  # both did
+    (5 * [[("a", 0.999), ("a", 0.999)]], True),  # two restarts may agree
+])
+def test_restarts_have_collapsed_when_all_are_sure_of_one_token_for_a_while(tops, expected):
+    assert has_collapsed(trace_of(*tops), 2, patience=5) is expected
+
+
+def test_a_search_ends_when_all_restarts_have_settled():
+    result = run(steps=300, lr=2.0, weights=LossWeights(entropy=20.0))
+    steps = result.trace.step.nunique()
+    assert 10 <= steps < 300 and not result.interrupted
+    rows = result.trace.to_dict("records")
+    assert has_collapsed(rows, 2) and not has_collapsed(rows[:-2], 2)  # as soon as it can be said
+    own = set(result.trace[result.trace.step == steps - 1].tokens.str[0])
+    assert own <= set(result.ranking.token)  # what the restarts settled on is ranked
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_the_trace_has_a_row_for_each_step_and_restart(result):
+    trace = result.trace
+    assert list(zip(trace.step, trace.restart)) == [(s, r) for s in range(12) for r in range(2)]
+    for row in trace.itertuples():
+        assert (row.temperature, row.entropy_weight) == pytest.approx(schedule(row.step, 12, (1.0, 0.1), 0.2))
+        assert row.loss == pytest.approx(row.accuracy_loss + row.entropy_weight * row.entropy
+                                         + LossWeights().kl * row.kl, rel=1e-4)
+        assert len(row.tokens) == len(row.probabilities) == 10
+        assert row.probabilities == sorted(row.probabilities, reverse=True) and sum(row.probabilities) <= 1 + 1e-5
+        assert 0 <= row.entropy <= math.log(300) and 0 <= row.accuracy_active <= 1 and 0 <= row.accuracy_inactive <= 1
+    assert np.isfinite(trace.select_dtypes("number").to_numpy()).all()
+
+
+@pytest.mark.parametrize("mode", FEATURES)
+def test_same_seed_same_result_and_another_seed_another(mode):
+    one, again, other = (run(FEATURES[mode], seed=seed) for seed in (0, 0, 1))
+    same_result(one, again)
+    assert not one.trace.loss.equals(other.trace.loss) and not one.heldout.equals(other.heldout)
+
+
+@pytest.mark.parametrize("mode", FEATURES)
+def test_nobody_elses_random_numbers_are_used(mode):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    one = run(FEATURES[mode], steps=3)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    torch.manual_seed(2)
+    same_result(one, run(FEATURES[mode], steps=3))
+
+
+def test_a_restart_does_not_feel_the_others():
+    judge = channel(make_tiny_lm("llama"), tokenize(WORDS, make_tiny_lm("llama")))
+    many, alone = Search(judge, restarts=3, steps=8), Search(judge, restarts=1, steps=8)
+    alone.v.data = many.v.data[[1]].clone()
+    for _ in range(8):
+        rows, [row] = many.step(), alone.step()
+        for name in ("loss", "accuracy_loss", "entropy", "kl"):
+            assert rows[1][name] == pytest.approx(row[name], rel=1e-3)
+        assert rows[1]["tokens"][0] == row["tokens"][0] and rows[0]["loss"] != rows[1]["loss"]
+
+
+def test_the_objective_falls():
+    judge = channel(make_tiny_lm("llama"), tokenize(WORDS, make_tiny_lm("llama")))
+    search = Search(judge, restarts=3, steps=1000, temperature=(1.0, 1.0), weights=LossWeights(entropy=0.0))
+    losses = torch.tensor([[row["loss"] for row in search.step()] for _ in range(15)])
+    assert (losses[-1] < losses[0] - 0.05).all()
+
+
+def test_the_label_is_among_the_best_tokens_there_are():
+    # the whole vocabulary as the yardstick; a random label has a rank of 0.5 on average
+    for family in ("llama", "gpt2", "gemma3"):
+        lm = make_tiny_lm(family)
+        found = run(family=family, steps=40, restarts=3, heldout=0)
+        judge = channel(lm, tokenize(WORDS, lm))
+        table, _ = rank_labels(judge, lm.admissible.nonzero()[:, 0].tolist(), LossWeights())
+        rank = (table.loss < found.ranking.loss[0] - 1e-6).mean()
+        assert found.label == found.ranking.label[0] and rank < 0.1, f"{family}: {rank:.3f}"
+
+
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(entropy=0.0, kl=0.0), LossWeights(kl=1.0, active=0.2)])
+def test_other_weights_work(weights):
+    result = run(weights=weights, steps=4)
+    assert np.isfinite(result.ranking[["loss", "accuracy_loss", "kl"]].to_numpy()).all()
+    assert result.settings["weights"] == dict(accuracy=weights.accuracy, entropy=weights.entropy, kl=weights.kl,
+                                              active=weights.active)
+
+
+def test_graded_activations_count_as_what_they_are():
+    graded = Feature.from_words("size", {"horse": 1.0, "cow": 0.9, "goat": 0.6, "dog": 0.5},
+                                {"mouse": 0.1, "bird": 0.2, "cat": 0.4, "car": 0.0})
+    result = run(graded, heldout=0.25)
+    assert np.isfinite(result.trace.select_dtypes("number").to_numpy()).all()
+    flat = Feature.from_words("size", ["horse", "cow", "goat", "dog"], ["mouse", "bird", "cat", "car"])
+    assert not np.allclose(result.trace.loss[:2], run(flat, heldout=0.25).trace.loss[:2], atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", FEATURES)
+def test_a_model_in_half_precision_works(mode):
+    lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True), dtype=torch.bfloat16)
+    half = label_feature(FEATURES[mode], lm, steps=5, restarts=2, progress=False)
+    assert np.isfinite(half.trace.select_dtypes("number").to_numpy()).all()
+    assert half.trace.loss[:2].tolist() == pytest.approx(run(FEATURES[mode]).trace.loss[:2].tolist(), abs=0.05)
+
+
+def test_one_word_of_each_class_is_enough():
+    result = run(Feature.from_words("cats", ["cat"], ["car"]), heldout=0)
+    assert result.label and result.ranking.auroc_fit[0] in (0.0, 0.5, 1.0)
+
+
+def test_texts_without_any_inactive_text_work():
+    texts = Feature.from_texts("animals", SENTENCES[:2] + SENTENCES[4:6], [[(s.start, s.end, 1.0) for s in spans]
+                               for spans in TEXTS.spans[:2] + TEXTS.spans[4:6]])
+    assert run(texts, heldout=0, batch_size=2).label
+
+
+def test_texts_that_are_active_all_over_are_no_obstacle():
+    # the only inactive tokens are those of the longest text, which a step of two texts mostly does not see
+    animals = ACTIVE + "ox hen pig ant bee elk emu fox owl rat".split()
+    texts, spans = animals + ["the cat sat on the mat."], [[(0, len(word), 1.0)] for word in animals] + [[(4, 7, 1.0)]]
+    assert run(Feature.from_texts("animals", texts, spans), heldout=0, batch_size=2).label
+
+
+# --- the ranking ------------------------------------------------------------------------------------------------------
+
+
+def test_the_ranking_is_the_objective_in_order(result):
+    ranking, weights = result.ranking, LossWeights()
+    assert ranking.loss.is_monotonic_increasing and list(ranking.index) == list(range(len(ranking)))
+    assert np.allclose(ranking.loss, weights.accuracy * ranking.accuracy_loss + weights.kl * ranking.kl, atol=1e-5)
+    assert ranking.token_id.is_unique and result.label == ranking.label[0]
+    lm = make_tiny_lm("llama")
+    for row in ranking.itertuples(): assert (row.label, row.token) == (lm.token(row.token_id), lm.show(row.token_id))
+    assert ranking.restart.isin([0, 1]).all() and (ranking.step >= 0).all() and (ranking.step <= 12).all()
+    assert result.soft["loss_gap"] == pytest.approx(ranking.loss[0] - result.soft["loss"])
+
+
+def test_the_ranking_equals_a_naive_score_of_each_label_alone(result):
+    lm, weights = make_tiny_lm("llama"), LossWeights()
+    tokens = tokenize(result.feature, lm, result.feature.heldout_types(0.3, 0))
+    judge = channel(lm, tokens)
+    a, fit = tokens.activation.double(), ~tokens.heldout
+    on, off = a / a[fit].sum(), (1 - a) / (1 - a[fit]).sum()
+    for row in [*result.ranking.itertuples()][::5]:
+        z = naive_logits(lm, tokens, judge.prompts, lm.embed([row.token_id]))
+
+        def loss(bias): return float(((on * (-z - bias).exp().log1p() + off * (z + bias).exp().log1p()) / 2)[fit].sum())
+
+        accuracy = minimize_scalar(loss).fun
+        kl = -float(torch.stack([p.log_prior for p in judge.prompts]).mean(0)[row.token_id])
+        assert (row.accuracy_loss, row.kl) == pytest.approx((accuracy, kl), abs=1e-4)
+        assert row.loss == pytest.approx(weights.accuracy * accuracy + weights.kl * kl, abs=1e-4)
+        for name, units in (("auroc_fit", fit), ("auroc_heldout", ~fit)):
+            ordered = (z[units & (a == 1)][:, None] > z[units & (a == 0)]).double().mean()
+            assert getattr(row, name) == pytest.approx(ordered.item(), abs=0.02)
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(steps=20, lr=5.0, temperature=(0.1, 0.01)),  # most probabilities underflow to zero: ties among the top tokens
+])
+def test_control_tokens_and_padding_are_never_candidates(options):
+    config = tiny_config("llama")
+    config.vocab_size = 1000  # 300 tokens, 3 of them for control, and 700 rows without a token
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm = load_lm(model, tokenizer=tiny_tokenizer(True))
+    excluded = {lm.show(id) for id in (~lm.admissible).nonzero()[:, 0].tolist()}
+    # without KL nothing but the mask keeps them out
+    result = label_feature(WORDS, lm, weights=LossWeights(kl=0.0), candidates=1000, progress=False, **options)
+    assert lm.admissible[result.ranking.token_id.tolist()].all() and not excluded & set(result.ranking.token)
+    assert not excluded & set(result.trace.tokens.explode())
+
+
+def test_no_more_candidates_are_ranked_than_asked_for_and_the_restarts_own():
+    short, long = (run(candidates=n, steps=20).ranking for n in (3, 40))
+    assert 3 <= len(short) <= 5 < 40 <= len(long) <= 42
+    assert long.loss[0] <= short.loss[0] + 1e-6
+
+
+# --- held-out words ---------------------------------------------------------------------------------------------------
+
+
+def test_without_held_out_words_there_are_no_held_out_scores():
+    for feature in (WORDS, TEXTS):
+        result = run(feature, heldout=0, steps=3)
+        assert result.heldout.empty and list(result.heldout.columns) == ["label", "metric", "value", "low", "high"]
+        assert result.ranking.auroc_heldout.isna().all() and result.ranking.auroc_fit.notna().all()
+        assert "held-out" not in repr(result).lower()
+
+
+def test_held_out_scores_are_a_tidy_table(result):
+    table = result.heldout.set_index(["label", "metric"])
+    assert list(result.heldout.columns) == ["label", "metric", "value", "low", "high"] and table.index.is_unique
+    assert set(table.index.get_level_values(0)) == {"hard", "soft", "chance"}
+    assert (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
+    assert table.value["hard", "auroc"] == pytest.approx(result.ranking.auroc_heldout[0])
+
+
+def only_heldout_differs(one: LabelResult, other: LabelResult) -> None:
+    fit = ["token_id", "loss", "accuracy_loss", "kl", "auroc_fit", "step", "restart"]
+    same_frame(one.trace, other.trace)
+    same_frame(one.ranking[fit], other.ranking[fit])
+    assert one.soft == other.soft
+
+
+def test_the_activation_of_held_out_words_has_no_part_in_the_fit(monkeypatch):
+    out = WORDS.heldout_types(0.3, 0)
+    assert {word in ACTIVE for word in out} == {True, False}
+    swapped = Feature.from_words("animals", [w for w in ACTIVE if w not in out] + [w for w in INACTIVE if w in out],
+                                 [w for w in INACTIVE if w not in out] + [w for w in ACTIVE if w in out])
+    order = [swapped.texts.index(word) for word in WORDS.texts]  # the same words in the same order
+    swapped = Feature("animals", "words", WORDS.texts, tuple(swapped.spans[i] for i in order))
+    monkeypatch.setattr(Feature, "heldout_types", lambda self, share, seed: out)
+    one, other = run(WORDS), run(swapped)
+    only_heldout_differs(one, other)
+    assert other.ranking.auroc_heldout.tolist() == pytest.approx((1 - one.ranking.auroc_heldout).tolist())
+
+
+def test_the_activation_of_held_out_words_in_texts_has_no_part_in_the_fit():
+    out = TEXTS.heldout_types(0.3, 0)
+    assert out & set(ACTIVE)
+    weaker = texts_of(lambda word: 0.6 if word in out else 1.0)  # still active, so held out again
+    assert weaker.heldout_types(0.3, 0) == out and weaker != TEXTS
+    only_heldout_differs(run(TEXTS), run(weaker))
+    stronger = texts_of(lambda word: 1.0 if word in out else 0.6)
+    assert not run(stronger).trace.loss.equals(run(TEXTS).trace.loss)  # fitted words have
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", FEATURES)
+def test_an_interrupted_search_gives_what_it_has(monkeypatch, mode):
+    whole = run(FEATURES[mode])
+    interrupt_at(monkeypatch, 5)
+    result = run(FEATURES[mode])
+    assert result.interrupted and not whole.interrupted
+    same_frame(result.trace, whole.trace[whole.trace.step < 5])
+    assert result.label == result.ranking.label[0] and not result.heldout.empty
+    assert (result.ranking.step <= 5).all()
+    assert "interrupted" in repr(result) and "interrupted" not in repr(whole)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_leaves_whole_steps(monkeypatch):
+    real, calls = torch.optim.Adam.step, []
+
+    def adam_step(self, *args):
+        real(self, *args)
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+    result = run()
+    assert result.interrupted and result.trace.step.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.isfinite(result.ranking.loss).all() and math.isfinite(result.soft["loss"])
+
+
+def test_an_interrupt_before_the_first_step_is_passed_on(monkeypatch):
+    interrupt_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt): run()
+
+
+def test_an_error_in_a_step_is_passed_on(monkeypatch):
+    def step(self): raise RuntimeError("no memory")
+    monkeypatch.setattr(Search, "step", step)
+    with pytest.raises(RuntimeError, match="no memory"): run()
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, value", [
+    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("lr", 0.0), ("lr", -0.1),
+    ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
+    ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
+    ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1),
+    ("heldout", 1.5), ("heldout", math.nan), ("prompts", []), ("prompts", "Examples of {label}:"),
+])
+def test_settings_that_cannot_work_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name): run(**{name: value})
+
+
+def test_an_unknown_discriminator_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="'oracle'.*channel"): run(discriminator="oracle")
+
+
+def test_a_bad_prompt_is_refused():
+    with pytest.raises(ValueError, match="0 label slots"): run(prompts=["Examples:"])
+
+
+def test_the_result_says_how_it_was_made():
+    result = run(seed=3, steps=4, lr=0.25, prompts=["Some {label}:"], batch_size=6, temperature=(2.0, 0.5))
+    expected = dict(discriminator="channel", restarts=2, steps=4, lr=0.25, prompts=["Some {label}:"], batch_size=6,
+                    temperature=[2.0, 0.5], heldout=0.3, seed=3, weights=dict(accuracy=1.0, entropy=0.2,
+                    kl=LossWeights().kl, active=0.5))
+    assert expected.items() <= result.settings.items() and result.settings["lm"]
+    json.dumps(result.settings)
+    assert result.seconds > 0
+
+
+def test_progress_is_shown_on_request_only(capsys):
+    run(steps=2)
+    assert capsys.readouterr() == ("", "")
+    run(steps=2, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "2/2" in err and "loss" in err and "entropy" in err and "KL" in err
+
+
+# --- save and load ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[LabelResult, LabelResult]:
+    "Two different results."
+    return run(steps=3), run(TEXTS, steps=3)
+
+
+def files(folder) -> dict:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_result_comes_back_as_it_was_saved(result, tmp_path):
+    folder = result.save(tmp_path / "some" / "where")
+    assert folder == tmp_path / "some" / "where" and [*tmp_path.iterdir()] == [tmp_path / "some"]
+    assert [*folder.parent.iterdir()] == [folder]
+    back = LabelResult.load(str(folder))
+    same_result(back, result)
+    assert back.seconds == result.seconds and repr(back) == repr(result)
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".jsonl", ".parquet", ".safetensors"}  # no pickle
+
+
+def test_interrupted_and_odd_results_come_back_too(monkeypatch, tmp_path):
+    odd = Feature.from_words('<b>"odd"</b> & 動物', ["猫", "犬", "línx", "two words"], ['"', "<i>", "$x$", "\\"])
+    interrupt_at(monkeypatch, 2)
+    result = run(odd, heldout=0)
+    back = LabelResult.load(result.save(str(tmp_path / "odd")))
+    same_result(back, result)
+    assert back.interrupted and back.heldout.empty and repr(back) == repr(result)
+
+
+def test_saving_again_replaces_the_old_result(saved, tmp_path):
+    one, other = saved
+    one.save(tmp_path / "result")
+    other.save(tmp_path / "result")
+    same_result(LabelResult.load(tmp_path / "result"), other)
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
+def test_an_empty_folder_is_fine(saved, tmp_path):
+    same_result(LabelResult.load(saved[0].save(tmp_path)), saved[0])
+
+
+@pytest.mark.parametrize("content", [["notes.txt"], ["sub/notes.txt"], ["result.json", "data.csv"]])
+def test_a_folder_with_other_things_is_refused_and_left_alone(saved, tmp_path, content):
+    folder = tmp_path / "mine"
+    for name in content:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="mine"): saved[0].save(folder)
+    assert files(tmp_path) == before and [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_note_beside_a_saved_result_is_not_lost(saved, tmp_path):
+    folder = saved[0].save(tmp_path / "result")
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="result"): saved[1].save(folder)
+    assert (folder / "notes.txt").read_text() == "precious"
+    same_result(LabelResult.load(folder), saved[0])
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(saved, tmp_path):
+    (tmp_path / "result").write_text("precious")
+    with pytest.raises((ValueError, OSError)): saved[0].save(tmp_path / "result")
+    assert files(tmp_path) == {"result": b"precious"}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])
+@pytest.mark.parametrize("where", ["table", "move"])
+def test_a_save_that_fails_leaves_things_as_they_were(saved, tmp_path, monkeypatch, there, where):
+    one, other = saved
+    folder = tmp_path / "result"
+    if there: one.save(folder)
+    before = files(tmp_path)
+    if where == "table":
+        real = pd.DataFrame.to_parquet
+
+        def to_parquet(self, path, **options):
+            real(self, path, **options)
+            if "trace" in str(path): raise OSError("disk full")
+
+        monkeypatch.setattr(pd.DataFrame, "to_parquet", to_parquet)
+    else:
+        move = module.os.replace
+
+        def replace(source, target):
+            if str(target) == str(folder) and "new" in str(source): raise OSError("disk full")
+            move(source, target)
+
+        monkeypatch.setattr(module.os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"): other.save(folder)
+    monkeypatch.undo()
+    assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == (["result"] if there else [])
+    if there: same_result(LabelResult.load(folder), one)
+
+
+def test_there_is_nothing_to_load_where_nothing_was_saved(tmp_path):
+    with pytest.raises(FileNotFoundError): LabelResult.load(tmp_path / "nothing")
+
+
+# --- display ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_shows_itself_as_text(result):
+    text = repr(result)
+    assert text.startswith(f"animals: {result.label!r}") and "2 restarts, 12 steps" in text
+    for token in result.ranking.token[:5]: assert token in text
+    assert f"{result.ranking.loss[0]:.3f}" in text and f"{result.soft['accuracy_loss']:.3f}" in text
+    assert "balanced_accuracy" in text and "chance" in text
+
+
+def test_a_result_shows_itself_as_html_with_a_picture_and_escapes_names():
+    import matplotlib.pyplot as plt
+
+    words = Feature.from_words('<script>alert("$x$ & $")</script>', ACTIVE, INACTIVE)
+    result = run(words, steps=3)
+    open_figures = plt.get_fignums()
+    html = result._repr_html_()
+    assert plt.get_fignums() == open_figures
+    assert '<img src="data:image/png;base64,iVBOR' in html
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    assert html.count("<table") == 2 and "<th>AUROC held out</th>" in html
+    assert "<table" in run(words, steps=3, heldout=0)._repr_html_()
+
+
+# --- on the default model ---------------------------------------------------------------------------------------------
+
+
+def test_a_small_feature_gets_its_name(lm):
+    fruit = Feature.from_words("fruit", "apple banana cherry mango lemon peach papaya fig".split(),
+                               "chair river engine justice teacher hammer cloud violin".split())
+    result = label_feature(fruit, lm, restarts=2, steps=30, heldout=0, progress=False)
+    assert result.label in (" fruit", " fruits")
+    assert result.ranking.auroc_fit[0] > 0.95

@@ -1,0 +1,313 @@
+"Facts about tokenlabel.plot."
+import io
+import warnings
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from tokenlabel import plot
+from tokenlabel.score import heldout_table
+
+ODD = ["·中国", "⟨E4 B8⟩", "⏎", "ünï", "·동물", "どうぶつ", "·$a_b$", "$",
+       "_x_", "^2", r"\frac", "·حيوان", "{", "%", "&", "#", "", "\t", "ཀ", "😀"]
+WORDS = ["·animal", "·animals", "·creature", "·characteristically", "·the", "·these", "·a", "·zoo", *ODD]
+WORDS += [f"·word{i}" for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def no_warning_and_no_open_figure():
+    "A missing glyph, like anything else matplotlib warns of, fails a test."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    plt.close("all")
+
+
+def make_trace(restarts=4, steps=80, words=WORDS, seed=0, noise=0.0):
+    "A trace as the search leaves it: wide at first, collapsed onto one of the first tokens at the end."
+    rng = np.random.default_rng(seed)
+    rows = []
+    for restart in range(restarts):
+        start, goal = rng.normal(size=len(words)), rng.integers(0, 3)
+        for step in range(steps):
+            share = step / max(1, steps - 1)
+            v = start + 6 * share * (np.arange(len(words)) == goal) + 2 * share * (np.arange(len(words)) < 8)
+            p = np.exp(v * 10 ** share)
+            p /= p.sum()
+            top = np.argsort(-p)[:10]
+            entropy = -(p * np.log(np.maximum(p, 1e-300))).sum()
+            accuracy = 0.1 + 0.6 * (1 - share) ** 2 + noise * rng.normal()
+            kl = 1 + 4 * share + restart / 5
+            rows.append(dict(step=step, restart=restart, temperature=0.1 ** share, entropy_weight=0.2 * share,
+                             loss=accuracy + 0.05 * kl + 0.2 * share * entropy, accuracy_loss=accuracy,
+                             entropy=entropy, kl=kl,
+                             accuracy_active=0.5 + share / 2, accuracy_inactive=0.6 + 0.4 * share,
+                             tokens=[words[i] for i in top], probabilities=p[top].tolist()))
+    return pd.DataFrame(rows)
+
+
+def make_ranking(n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    kl, accuracy = 1.5 + rng.gamma(3, 1.6, n), 0.15 + 0.6 * rng.beta(5, 2, n)
+    kl[:3], accuracy[:3] = [4.4, 4.2, 6], [0.1, 0.12, 0.14]
+    table = pd.DataFrame(dict(label=WORDS[:n], token=WORDS[:n], accuracy_loss=accuracy, kl=kl))
+    return table.assign(loss=accuracy + 0.05 * kl).sort_values("loss", ignore_index=True)
+
+
+def make_heldout():
+    activation, noise = np.repeat([1.0, 0.0], 30), np.random.default_rng(0).normal(size=(2, 60))
+    return heldout_table(noise[0] + 2 * activation - 1, noise[1] + 3 * activation - 1.5, activation)
+
+
+TRACE, RANKING, HELDOUT = make_trace(), make_ranking(), make_heldout()
+PANELS = {"losses": lambda ax=None: plot.plot_losses(TRACE, ax=ax),
+          "tokens": lambda ax=None: plot.plot_tokens(TRACE, ax=ax),
+          "plane": lambda ax=None: plot.plot_plane(TRACE, RANKING, ax=ax),
+          "accuracy": lambda ax=None: plot.plot_accuracy(TRACE, ax=ax),
+          "heldout": lambda ax=None: plot.plot_heldout(HELDOUT, ax=ax)}
+FIGURES = {**{name: (lambda draw=draw: draw().figure) for name, draw in PANELS.items()},
+           "result": lambda: plot.plot_result(TRACE, RANKING, HELDOUT, title="a label for 动物"),
+           "four": lambda: plot.plot_result(TRACE, RANKING)}
+
+
+def texts(fig):
+    "What can be read in a figure: all its texts but the names of ticks beyond the ends of an axis."
+    fig.savefig(io.BytesIO())
+    beyond = {tick.label1 for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks()
+              if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())}
+    return [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
+
+
+def shown(fig): return {t.get_text() for t in texts(fig)}
+
+
+# --- what is on the page
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_is_large_enough_apart_and_inside_the_page(name):
+    fig = FIGURES[name]()
+    found = texts(fig)
+    assert min(t.get_fontsize() for t in found) >= 7
+    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in found]        # of the words, without the leader lines
+    for text, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text
+    assert [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)] == []
+
+
+@pytest.mark.parametrize("tokens", [ODD[:8], ODD[8:16], ODD[16:] + ["·the"]], ids=["scripts", "marks", "undrawable"])
+def test_any_token_is_drawn_without_a_missing_glyph_and_never_as_mathematics(tokens):
+    ax = plot.plot_tokens(make_trace(1, 20, tokens))
+    ax.figure.savefig(io.BytesIO(), format="pdf")
+    found = {t.get_text(): t for t in texts(ax.figure)}
+    for token in tokens: assert not found[plot.drawable(token)].get_parse_math()
+
+
+def test_undrawable_characters_are_named_and_the_rest_kept():
+    assert plot.drawable(" the") == plot.drawable("·the") == "·the"
+    assert plot.drawable("  a b") == "··a b"
+    assert plot.drawable("\n") == "⏎" and plot.drawable("\t") == "⟨U+0009⟩" and plot.drawable("aཀ") == "a⟨U+0F40⟩"
+    assert plot.drawable("") == "⟨⟩"
+    assert plot.drawable("中国 日本語 한국어 $x_1$") == "中国 日本語 한국어 $x_1$"
+
+
+def test_long_names_keep_their_ends_and_fit():
+    ax = plot.plot_tokens(make_trace(1, 20, ["·" + "W" * 60 + "ing"] + WORDS[:5]))
+    name, = [t for t in texts(ax.figure) if t.get_text().startswith("·W")]
+    assert "…" in name.get_text() and name.get_text().endswith("ing")
+    assert name.get_window_extent().x1 <= ax.figure.bbox.x1
+
+
+@pytest.mark.parametrize("restarts, steps", [(1, 80), (1, 1), (4, 1), (4, 2), (12, 10)])
+def test_any_number_of_restarts_and_steps(restarts, steps):
+    trace = make_trace(restarts, steps)
+    fig = plot.plot_result(trace, RANKING, HELDOUT)
+    assert {"KL", "total", "accuracy", "entropy", "active", "inactive", "chance"} <= shown(fig)
+
+
+def test_constant_and_tied_tables_can_be_drawn():
+    trace, ranking = make_trace(3, 5), RANKING.copy()
+    trace[["loss", "accuracy_loss", "entropy", "kl", "accuracy_active", "accuracy_inactive"]] = 0.0
+    ranking[["accuracy_loss", "kl"]] = 0.0
+    fig = plot.plot_result(trace, ranking)
+    assert {"KL", "total", "accuracy", "entropy"} <= shown(fig)
+
+
+# --- that it is true
+
+def test_losses_are_those_of_the_trace_and_the_best_restart_is_bold():
+    trace = TRACE.copy()
+    trace.loc[(trace.restart == 2) & (trace.step == trace.step.max()), "loss"] = 0
+    assert plot.best_restart(trace) == 2
+    ax = plot.plot_losses(trace)
+    lines = [line for line in ax.lines if line.get_color() == plot.BLACK and len(line.get_xdata()) == 80]
+    assert len(lines) == 4
+    bold, = [line for line in lines if line.get_linewidth() >= 2]
+    assert bold.get_ydata().tolist() == trace[trace.restart == 2].loss.tolist()
+
+
+def test_token_lines_carry_the_recorded_probabilities_and_zero_elsewhere():
+    trace = pd.DataFrame(dict(step=[0, 1, 2], restart=0, loss=[3, 2, 1], tokens=[["a", "b"], ["b", "c"], ["c", "a"]],
+                              probabilities=[[.6, .3], [.5, .4], [.9, .1]]))
+    lines = [list(line.get_ydata()) for line in plot.plot_tokens(trace).lines[:3]]
+    assert lines == [[0, .4, .9], [.6, 0, .1], [.3, .5, 0]]          # c, a, b: the winner first
+
+
+def test_tokens_that_look_the_same_are_one_line():
+    same = dict(tokens=[["·a", " a"]] * 2, probabilities=[[.5, .25]] * 2)
+    trace = pd.DataFrame(dict(step=[0, 1], restart=0, loss=[1, 0], **same))
+    assert plot.plot_tokens(trace).lines[0].get_ydata().tolist() == [.75, .75]
+
+
+def test_top_tokens_are_those_that_ever_reached_most():
+    table = plot._token_table(TRACE[TRACE.restart == 0], 3)
+    every = plot._token_table(TRACE[TRACE.restart == 0], 8)
+    assert set(table) == set(every.max().nlargest(3).index)
+
+
+def test_names_at_the_ends_are_in_the_order_of_the_ends():
+    fig = plot.plot_tokens(TRACE).figure
+    table = plot._token_table(TRACE[TRACE.restart == plot.best_restart(TRACE)], 8)
+    height = {t.get_text(): t.get_window_extent().y0 for t in texts(fig)}
+    names = [n for n in table if n in height]
+    assert len(names) >= 7 and names == sorted(names, key=lambda n: -height[n])
+
+
+@pytest.mark.parametrize("y, low, high", [
+    ([0, 0, 0, 0], 0, 100), ([100] * 8, 0, 100), ([3, 4, 50, 99], 0, 100), ([5, 5], 0, 5)])
+def test_spread_names_keep_their_distance(y, low, high):
+    got = plot._spread(np.array(y, dtype=float), 9, low, high)
+    assert (np.diff(got) >= 9 - 1e-9).all() and got[0] >= low - 1e-9
+    if 9 * (len(y) - 1) <= high - low: assert got[-1] <= high + 1e-9
+
+
+def test_plane_names_the_label_the_runners_up_and_the_favorites_of_the_prior():
+    names = plot._worth_naming(RANKING)
+    assert names[0] == RANKING.token[0] and set(RANKING.token[:6]) <= set(names)
+    assert set(RANKING.nsmallest(3, "kl").token) <= set(names) and len(names) <= 9
+    ax = plot.plot_plane(TRACE, RANKING)
+    drawn = [t for t in ax.texts if t.get_visible()]
+    assert drawn[0].get_text() == RANKING.token[0] and len(drawn) >= 7
+    assert {t.get_text() for t in drawn} <= {plot.drawable(n) for n in names}
+
+
+def test_plane_draws_every_candidate_and_every_path_from_start_to_end():
+    ax = plot.plot_plane(TRACE, RANKING)
+    assert len(ax.lines[0].get_xdata()) == len(RANKING)
+    paths = [line for line in ax.lines if len(line.get_xdata()) == 80]
+    assert len(paths) == 4
+    for line, (_, run) in zip(paths, TRACE.groupby("restart")):
+        assert line.get_xydata().tolist() == run[["kl", "accuracy_loss"]].to_numpy().tolist()
+
+
+def test_names_in_a_crowded_plane_do_not_overlap():
+    ax = plot.plot_plane(TRACE, RANKING, annotate=list(RANKING.token[:40]))
+    ax.figure.canvas.draw()
+    names = [t for t in ax.texts if t.get_visible()]
+    boxes = [Text.get_window_extent(t) for t in names]
+    assert len(names) > 5
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_plane_without_names():
+    assert [t for t in plot.plot_plane(TRACE, RANKING, annotate=[]).texts if t.get_text()] == []
+
+
+def test_chance_is_at_one_half_and_heldout_points_are_the_values():
+    chance = [line for line in plot.plot_accuracy(TRACE).lines if line.get_linestyle() == ":"]
+    assert chance[0].get_ydata().tolist() == [0.5, 0.5]
+    ax = plot.plot_heldout(HELDOUT)
+    hard = [line for line in ax.lines if line.get_marker() == "o"][0]
+    assert hard.get_xdata().tolist() == HELDOUT[HELDOUT.label == "hard"].value.tolist()
+    bars = HELDOUT[HELDOUT.label == "chance"]
+    np.testing.assert_allclose([(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches], bars[["low", "high"]])
+
+
+def test_token_lines_differ_without_color_and_lead_to_their_names_in_their_own_dashes():
+    lines = plot.plot_tokens(TRACE).lines
+    half = len(lines) // 2
+    dashes = [line._dash_pattern[1] and tuple(np.divide(line._dash_pattern[1], line.get_linewidth())) for line in lines]
+    assert half == 8 and len({(d, line.get_linewidth() > 2) for d, line in zip(dashes[:8], lines[:8])}) == 8
+    own = {line.get_color(): d and tuple(np.round(d, 6)) for d, line in zip(dashes[:8], lines[:8])}
+    assert own == {line.get_color(): d and tuple(np.round(d, 6)) for d, line in zip(dashes[8:], lines[8:])}
+
+
+# --- style
+
+@pytest.mark.parametrize("name", PANELS)
+def test_settings_are_left_alone_and_a_given_axes_is_used(name):
+    fig, ax = plt.subplots()
+    before, open_before = dict(matplotlib.rcParams), plt.get_fignums()
+    assert PANELS[name](ax=ax) is ax
+    assert dict(matplotlib.rcParams) == before and plt.get_fignums() == open_before
+
+
+def test_a_result_is_not_kept_open_by_pyplot():
+    fig = plot.plot_result(TRACE, RANKING, HELDOUT)
+    assert len(fig.axes) == 5 and len(plot.plot_result(TRACE, RANKING).axes) == 4 and plt.get_fignums() == []
+
+
+# --- files
+
+def test_saved_twice_the_same_bytes_whatever_the_user_has_set(tmp_path):
+    first = plot.save_figure(FIGURES["result"](), tmp_path / "one")
+    with plt.rc_context({"font.size": 20, "axes.grid": True, "lines.linewidth": 9, "savefig.bbox": "tight",
+                         "pdf.fonttype": 3, "axes.facecolor": "black", "font.family": "serif", "savefig.dpi": 30}):
+        second = plot.save_figure(FIGURES["result"](), tmp_path / "two")
+    assert [p.name for p in first] == ["one.pdf", "one.png"]
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_pdf_has_truetype_fonts_and_no_date_and_png_has_200_dpi(tmp_path):
+    pdf, png = plot.save_figure(plot.plot_tokens(TRACE).figure, tmp_path / "tokens")
+    content = pdf.read_bytes()
+    assert b"/FontFile2" in content and b"/Type3" not in content and b"Date" not in content
+    height, width, _ = plt.imread(png).shape
+    assert (width, height) == (round(200 * plot.WIDTH), round(200 * plot.HEIGHT))
+    assert b"Software" not in png.read_bytes()
+
+
+def test_a_dot_in_the_name_stays_and_the_folder_is_made(tmp_path):
+    paths = plot.save_figure(plot.plot_accuracy(TRACE).figure, tmp_path / "new" / "v1.2")
+    assert paths == [tmp_path / "new" / "v1.2.pdf", tmp_path / "new" / "v1.2.png"] and all(p.exists() for p in paths)
+
+
+def test_nothing_half_written_on_error(tmp_path, monkeypatch):
+    fig, savefig = plot.plot_accuracy(TRACE).figure, matplotlib.figure.Figure.savefig
+    before = [p.read_bytes() for p in plot.save_figure(fig, tmp_path / "a")]
+
+    def fails(self, *args, format, **kw):
+        if format == "png": raise OSError("disk full")
+        return savefig(self, *args, format=format, **kw)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fails)
+    for stem in (tmp_path / "a", tmp_path / "new" / "b"):
+        with pytest.raises(OSError, match="disk full"): plot.save_figure(plot.plot_losses(TRACE).figure, stem)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pdf", "a.png"]
+    assert [(tmp_path / name).read_bytes() for name in ("a.pdf", "a.png")] == before
+
+
+def test_no_leftovers_when_writing_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    with pytest.raises(PermissionError): plot.save_figure(plot.plot_accuracy(TRACE).figure, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad input
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: plot.plot_losses(TRACE.drop(columns="kl")), "the trace has no column kl"),
+    (lambda: plot.plot_losses(TRACE[:0]), "no rows"),
+    (lambda: plot.plot_losses(TRACE.assign(kl=np.nan)), "nan in column kl, row 0"),
+    (lambda: plot.plot_tokens(TRACE, restart=9), "no restart 9 in the trace; it has 0, 1, 2, 3"),
+    (lambda: plot.plot_tokens(TRACE, top=0), "from 1 to 8"),
+    (lambda: plot.plot_plane(TRACE, RANKING, annotate=["·nowhere"]), "not in the ranking: ·nowhere"),
+    (lambda: plot.plot_plane(TRACE, RANKING.drop(columns="token")), "the ranking has no column token"),
+    (lambda: plot.plot_heldout(HELDOUT.assign(label="other")), "'other'"),
+])
+def test_bad_input_is_refused_with_the_reason(call, message):
+    with pytest.raises(ValueError, match=message): call()
+    assert plt.get_fignums() == []

@@ -1,0 +1,148 @@
+"""The project as a whole: notebooks, exported code, README, lessons, settings and Makefile agree."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "nbs").rglob("*.ipynb") if "checkpoint" not in str(path))
+EXPERIMENTS = [path for path in NOTEBOOKS if "experiments" in path.parts]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the checkout: the tools under test write into that, never into the tree."
+    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info", "build", "dist", "_docs", "_proc")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=lambda folder, names: ignored(folder, names) - {".notest", ".ci"})
+    return tmp_path / "copy"
+
+
+def run(*command, cwd, **environment):
+    "Run a command of this environment to its success and return what it printed."
+    environment |= {"JUPYTER_DATA_DIR": str(cwd / ".jupyter"), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=inherited | environment)
+    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def make(*arguments, cwd):
+    return run("make", "--no-print-directory", "-o", ".venv/installed", f"BIN={BIN}", *arguments, cwd=cwd)
+
+
+def test_exported_code_equals_the_notebooks(copy):
+    shutil.rmtree(copy / "tokenlabel")
+    run("nbdev_export", cwd=copy)
+    exported = {path.name: path.read_text() for path in (copy / "tokenlabel").glob("*.py")}
+    present = {path.name: path.read_text() for path in (ROOT / "tokenlabel").glob("*.py")}
+    assert sorted(exported) == sorted(present)
+    assert [name for name in exported if exported[name] != present[name]] == [], "run `make export`"
+
+
+def test_notebooks_are_clean(copy):
+    run("nbdev_clean", cwd=copy)
+    dirty = [str(path) for path in NOTEBOOKS if (copy / path).read_text() != (ROOT / path).read_text()]
+    assert dirty == [], "run `make export`"
+
+
+def test_notebooks_name_the_kernel_that_everybody_has():
+    kernels = {str(path): nbformat.read(ROOT / path, as_version=4).metadata["kernelspec"]["name"] for path in NOTEBOOKS}
+    assert set(kernels.values()) == {"python3"}, kernels
+
+
+def test_readme_equals_the_index_notebook(copy):
+    (copy / "README.md").unlink()
+    make("README.md", cwd=copy)
+    assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make export`"
+
+
+def test_links_in_the_readme_lead_somewhere():
+    links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', (ROOT / "README.md").read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert missing == []
+
+
+def test_lessons_run(copy):
+    # Two notebooks side by side, each with one thread, are quicker than one after the other with two.
+    run("nbdev_test", "--n_workers", "2", cwd=copy, OMP_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_papermill_reads_every_parameter_of_an_experiment(path):
+    nb = nbformat.read(ROOT / path, as_version=4)
+    [cell] = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    written = {node.target.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)}
+    read = papermill.inspect_notebook(ROOT / path)
+    assert set(read) == written, "every line of the cell is `name: type = value   # what it is`"
+    assert all(parameter["help"] for parameter in read.values())
+    assert {"figures", "runs", "seeds", "quick", "lm"} <= written
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def test_the_installed_package_is_what_settings_say(settings):
+    installed = distribution(settings["lib_name"])
+    assert installed.version == settings["version"] and installed.metadata["License"] == "Apache-2.0"
+    [script] = [entry for entry in installed.entry_points if entry.group == "console_scripts"]
+    assert f"{script.name}={script.value}" == settings["console_scripts"]
+    required = {canonicalize_name(Requirement(text).name) for text in installed.requires}
+    listed = (settings["requirements"] + " " + settings["dev_requirements"]).split()
+    assert required == {canonicalize_name(Requirement(text).name) for text in listed}
+
+
+def test_constraints_pin_versions_that_settings_allow(settings):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions, no paths, no local versions"
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for text in (settings["requirements"] + " " + settings["dev_requirements"]).split():
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+
+
+def test_modules_import_only_what_settings_require(settings):
+    names = {"sklearn": "scikit-learn"}
+    required = {canonicalize_name(Requirement(text).name) for text in settings["requirements"].split()}
+    # Parts of Jupyter that ipykernel and papermill cannot do without.
+    required |= {"ipython", "jupyter-client", "nbclient", "traitlets"}
+    for path in (ROOT / "tokenlabel").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: modules = [node.module]
+            for module in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"tokenlabel"}:
+                assert canonicalize_name(names.get(module, module)) in required, f"{path.name} imports {module}"
+
+
+def test_make_passes_on_what_it_is_given(copy):
+    shown = make("-n", "reproduce", "QUICK=1", "SEEDS=3", "EXPERIMENTS=animals numbers", cwd=copy)
+    assert shown.splitlines()[-1].endswith("tokenlabel reproduce animals numbers --seeds 3 --quick")
+    assert make("-n", "reproduce", cwd=copy).splitlines()[-1].endswith("tokenlabel reproduce")
+    for target in ("reproduce", "test", "export"): assert f"make {target}" in make(cwd=copy), "make alone is make help"
+
+
+def test_make_without_a_fitting_python_says_so(copy):
+    done = subprocess.run(["make", "test", "PYTHON="], cwd=copy, capture_output=True, text=True)
+    assert done.returncode != 0 and "tokenlabel needs Python 3.11 or newer" in done.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_ci_runs_make_test_and_nothing_else():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec make test"
