@@ -264,7 +264,7 @@ def test_a_word_is_one_unit(tiny_lm, feature):
 
 @quick
 @given(text_features(), st.integers(0, 3))
-def test_a_token_is_one_unit_and_a_type_is_on_one_side(tiny_lm, feature, seed):
+def test_units_are_runs_of_tokens_and_a_type_is_on_one_side(tiny_lm, feature, seed):
     lm = tiny_lm("gpt2")
     types = word_types(feature)
     heldout = frozenset(list(types)[seed::2])
@@ -275,7 +275,9 @@ def test_a_token_is_one_unit_and_a_type_is_on_one_side(tiny_lm, feature, seed):
         return
     check_layout(data, lm)
     assert [lm.tokenizer.decode(ids) for ids in data.sequences] == [" " + text for text in feature.texts]
-    assert len(data.activation) == len(data.token_unit)
+    assert ((data.token_unit.diff() == 0) | (data.token_unit.diff() == 1)).all() and data.token_unit[0] == 0
+    units = range(len(data.activation))
+    assert all(len(data.token_sequence[data.token_unit == u].unique()) == 1 for u in units), "no unit spans two texts"
     assert set(data.types) <= {*types, ""}
     assert data.heldout.tolist() == [kind in heldout for kind in data.types]
     assert bool((data.activation >= 0.5).any()) and bool((data.activation < 0.5).any())
@@ -304,10 +306,12 @@ def test_tokens_take_the_activation_of_their_span(lm, sentences):
     assert active == {"hippopotamus": {1.0}, "24": {0.5}, "dogs": {0.8}, "hund": {1.0}, "我们都喜欢狗": {1.0},
                       "dog": {1.0}}
     for kind, h in zip(data.types, data.heldout): assert bool(h) == (kind in {"hippopotamus", "was"})
-    assert len([k for k in data.types if k == "hippopotamus"]) > 1
-    # the space before a number is a token here, and goes with the number; other white space is nothing's
-    at = data.strings.index("·")
-    assert data.types[at] == "24" and data.activation[at] == 0.5
+    # all tokens of a word are one unit, so are the digits of a number with the space before them; each Chinese character
+    # is one of its own
+    assert [data.strings[data.types.index(kind)] for kind in ("hippopotamus", "24")] == ["·hippopotamus", "·24"]
+    assert (data.token_unit == data.types.index("hippopotamus")).sum() > 1
+    chinese = [string for string, kind in zip(data.strings, data.types) if kind == "我们都喜欢狗"]
+    assert len(chinese) > 2 and "".join(chinese).strip("·") == "我们都喜欢狗"
     assert {a for k, a in zip(data.types, data.activation.tolist()) if k == ""} == {0.0}
 
 

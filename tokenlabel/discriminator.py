@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'EXPECTED_LABELS', 'CHUNK', 'Prompt', 'read_prompt', 'Pack
            'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches', 'Channel',
            'channel', 'check_length', 'logits', 'hard_logits']
 
-# %% ../nbs/04_discriminator.ipynb #03f0e313
+# %% ../nbs/04_discriminator.ipynb #f7069be5
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #eeb13f1c
+# %% ../nbs/04_discriminator.ipynb #112aa980
 PROMPTS = {
     "words": ("Examples of {label}:", "There are many kinds of {label}:"),
-    "texts": ("Text about {label}:",),
+    "texts": ("Sentences about {label}:",),
 }
 
 
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #81c7826b
+# %% ../nbs/04_discriminator.ipynb #201d9c51
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #e91d3e48
+# %% ../nbs/04_discriminator.ipynb #de8328fd
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #7a3730d9
+# %% ../nbs/04_discriminator.ipynb #1b5312ca
 def token_log_probs(
     lm: LM,
     prompt: Prompt,
@@ -133,7 +133,7 @@ def token_log_probs(
     logits = lm.logits(hidden[:, places]).float()  # [B, places, V]
     return logits[:, of_token, packing.target] - logits.logsumexp(-1)[:, of_token]
 
-# %% ../nbs/04_discriminator.ipynb #fadeb730
+# %% ../nbs/04_discriminator.ipynb #2d5288e6
 EXPECTED_LABELS = 16
 
 
@@ -168,7 +168,7 @@ def in_chunks(
     size = max(1, CHUNK // (len(packing.source.unique()) * len(lm.embedding)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #4767be34
+# %% ../nbs/04_discriminator.ipynb #7b7da196
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -203,7 +203,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #b917cc39
+# %% ../nbs/04_discriminator.ipynb #e5a769f8
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -242,7 +242,7 @@ def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) ->
             raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
                              "split it")
 
-# %% ../nbs/04_discriminator.ipynb #ea171f3a
+# %% ../nbs/04_discriminator.ipynb #bf23f4b8
 def logits(
     channel: Channel,
     label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
