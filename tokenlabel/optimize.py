@@ -8,7 +8,7 @@ __all__ = ['BATCH_SIZE', 'LOOK', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule'
            'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result',
            'load_result', 'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #99572a97
+# %% ../nbs/06_optimize.ipynb #0b98ab69
 import base64
 import io
 import json
@@ -35,7 +35,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #899b84b5
+# %% ../nbs/06_optimize.ipynb #ef3ff2c6
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +47,7 @@ def schedule(
     first, last = temperature
     return first * (last / first) ** done, entropy * done
 
-# %% ../nbs/06_optimize.ipynb #9047266d
+# %% ../nbs/06_optimize.ipynb #b3a476a3
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #ef41f86f
+# %% ../nbs/06_optimize.ipynb #e7fd6cdf
 BATCH_SIZE = {"words": 64, "texts": 6}
 
 
@@ -75,7 +75,7 @@ def draw_sequences(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #e79efa96
+# %% ../nbs/06_optimize.ipynb #a8d49ebf
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -102,6 +102,9 @@ class Search:
         self.active = sequence[~tokens.heldout & (tokens.activation >= ACTIVE)].unique()
         other = sequence[~tokens.heldout].unique()
         self.inactive = other[~torch.isin(other, self.active)]
+        if not len(self.inactive):  # every text has an active part: then the others are those that have more than that
+            self.inactive = sequence[~tokens.heldout & (tokens.activation < ACTIVE)].unique()
+            self.active = self.active[~torch.isin(self.active, self.inactive)]
         size = batch_size or BATCH_SIZE[tokens.feature.mode]
         self.batch_size = min(size, len(self.active) + len(self.inactive))
         self.met = {}  # token id -> step and restart where it was met first
@@ -137,10 +140,12 @@ class Search:
 
     def _note_top(self, log_p: Tensor, restart: int, k: int = 10) -> dict:
         "Remember the top tokens of a restart, and give them for the trace."
-        top = log_p.exp().topk(k)
-        for id in top.indices.tolist(): self.met.setdefault(id, (self.done, restart))
-        return dict(tokens=[self.discriminator.lm.show(id) for id in top.indices.tolist()],
-                    probabilities=top.values.tolist())
+        lm = self.discriminator.lm
+        p = log_p.exp()
+        ids = p.masked_fill(~lm.admissible, -1.0).topk(min(k, int(lm.admissible.sum()))).indices.tolist()
+        for id in ids:
+            if p[id] > 0: self.met.setdefault(id, (self.done, restart))
+        return dict(tokens=[lm.show(id) for id in ids], probabilities=[float(p[id]) for id in ids])
 
     def _note_praised(self, gradient: Tensor, k: int = 8) -> None:
         "Remember the tokens that lower the loss of a restart most, to first order; `gradient` is for the label [R, d]."
@@ -150,7 +155,7 @@ class Search:
         for restart, ids in enumerate(best.tolist()):
             for id in ids: self.met.setdefault(id, (self.done, restart))
 
-# %% ../nbs/06_optimize.ipynb #6a5a4940
+# %% ../nbs/06_optimize.ipynb #ebb3124b
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -163,7 +168,7 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #6674450b
+# %% ../nbs/06_optimize.ipynb #5cdb4608
 @torch.no_grad()
 def score_labels(
     discriminator: Channel,
@@ -189,7 +194,7 @@ def fit_and_shift(
     z = z + fit_bias(z[:, fit], activation[fit], weights.active)[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active), z
 
-# %% ../nbs/06_optimize.ipynb #2574fe15
+# %% ../nbs/06_optimize.ipynb #5945123a
 LOOK = 24  # positions behind the prompt that a first look may cost
 
 
@@ -217,7 +222,7 @@ def shortlist(
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #3ae86ef0
+# %% ../nbs/06_optimize.ipynb #90c511d8
 def rank_labels(
     discriminator: Channel,
     ids: Sequence[int],  # C tokens
@@ -245,7 +250,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #722225a9
+# %% ../nbs/06_optimize.ipynb #dd7bc9d1
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -277,7 +282,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #64da637a
+# %% ../nbs/06_optimize.ipynb #35b35da2
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -310,7 +315,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held-out words, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #1c235562
+# %% ../nbs/06_optimize.ipynb #514b8b33
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -321,14 +326,17 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held-out words, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #e05346da
+# %% ../nbs/06_optimize.ipynb #9593dcee
 TABLES = ("ranking", "heldout", "trace")
 
 
 def save_result(result: LabelResult, folder: Path) -> Path:
     "Write a result; raises ValueError if `folder` holds something else."
-    if folder.exists() and not (folder / "result.json").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files that are not a saved result; give a new or empty folder")
+    files = {*(f"{name}.parquet" for name in TABLES), "feature.jsonl", "result.json"}
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if present and not files <= present <= files | {"figure.pdf", "figure.png"}:  # the command line adds the figure
+        other = ", ".join(sorted(present - files)) or "an incomplete result"
+        raise ValueError(f"{folder} holds something else than a saved result ({other}); give a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
         new = Path(work) / "new"
@@ -338,8 +346,12 @@ def save_result(result: LabelResult, folder: Path) -> Path:
         rest = {name: getattr(result, name) for name in ("label", "soft", "settings", "interrupted", "seconds")}
         text = json.dumps(rest | {"feature": result.feature.name}, ensure_ascii=False, indent=1)
         (new / "result.json").write_text(text, encoding="utf-8")
-        if folder.exists(): os.replace(folder, Path(work) / "old")
-        os.replace(new, folder)
+        old = Path(work) / "old"
+        if folder.exists(): os.replace(folder, old)
+        try: os.replace(new, folder)
+        except BaseException:
+            if old.exists(): os.replace(old, folder)
+            raise
     return folder
 
 
@@ -351,7 +363,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #c14be7df
+# %% ../nbs/06_optimize.ipynb #3238cef0
 DISCRIMINATORS = {"channel": channel}
 
 
@@ -367,7 +379,7 @@ def label_feature(
     lr: float = 0.5,  # learning rate of Adam
     temperature: tuple[float, float] = (1.0, 0.1),  # at the first and at the last step
     batch_size: int | None = None,  # words or texts per step; left out: 64 words or 6 texts
-    candidates: int = 24,  # tokens met on the way that are ranked on all the data
+    candidates: int = 16,  # tokens met on the way that are ranked on all the data
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
     progress: bool = True,  # show a progress bar
@@ -402,12 +414,13 @@ def label_feature(
 def _check_settings(settings: dict) -> None:
     for name in ("restarts", "steps", "candidates", "lr"):
         if not settings[name] > 0: raise ValueError(f"{name}={settings[name]} is not positive")
+    if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #4a006b6a
+# %% ../nbs/06_optimize.ipynb #366c11e6
 def _run(search: Search, progress: bool) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -425,7 +438,7 @@ def _run(search: Search, progress: bool) -> tuple[list[dict], bool]:
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #34a34328
+# %% ../nbs/06_optimize.ipynb #6a32884c
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -441,7 +454,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, z[0]
 
-# %% ../nbs/06_optimize.ipynb #1f45dc45
+# %% ../nbs/06_optimize.ipynb #f6e4411f
 def _score_heldout(judge: Channel, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
