@@ -233,8 +233,9 @@ def test_labels_in_small_parts_give_the_same_numbers(monkeypatch):
     prompt, packing = read_prompt(TEMPLATE, lm), pack(random_sequences(lm, 2, [2, 4, 1]))
     labels = lm.embed(torch.arange(40, 65)[:, None])
     whole = token_log_probs(lm, prompt, labels, packing)
-    for chunk in (1, 5 * 320 * 3):  # one label at a time, a few
-        monkeypatch.setattr(module, "CHUNK", chunk)
+    for positions, block in ((1, 2**23), (40, 1), (2048, 5 * 320 * 3)):  # one label at a time, one place at a time, a few
+        monkeypatch.setattr(module, "POSITIONS", positions)
+        monkeypatch.setattr(module, "BLOCK", block)
         assert close(in_chunks(lm, prompt, labels, packing), whole, 1e-5)
 
 

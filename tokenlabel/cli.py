@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/12_cli.ipynb #0f3fc969
+# %% ../nbs/12_cli.ipynb #9d05aca9
 import argparse
 import ast
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenlabel
 
-# %% ../nbs/12_cli.ipynb #54d326fd
+# %% ../nbs/12_cli.ipynb #709fb652
 def _label(options) -> int:
     from tokenlabel.feature import Feature
     out = options.out or Path("runs") / options.feature.stem
@@ -35,7 +35,7 @@ def _label(options) -> int:
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 
-# %% ../nbs/12_cli.ipynb #2735fe4c
+# %% ../nbs/12_cli.ipynb #5093489b
 def _value(text: str):
     "What a user means by `text` in NAME=VALUE: a Python literal if it is one, else the text."
     try: return ast.literal_eval(text)
@@ -66,13 +66,13 @@ def _reproduce(options) -> int:
               f"figures in {options.figures}")
     return 0
 
-# %% ../nbs/12_cli.ipynb #e82816d6
+# %% ../nbs/12_cli.ipynb #4669921d
 def _fetch(options) -> int:
     from tokenlabel.lm import cache_dir, load_lm
     print(f"{load_lm().name} is in {cache_dir()}")
     return 0
 
-# %% ../nbs/12_cli.ipynb #8dad892d
+# %% ../nbs/12_cli.ipynb #d54c11cc
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenlabel", description="Label a neural network's feature by gradient descent in token space.",
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     setting("discriminator", "channel", "how the model judges a label")
     setting("restarts", 4, "searches that run side by side")
-    setting("steps", 80, "gradient steps of each search")
+    setting("steps", 60, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
     setting("kl", .02, "weight of the label's divergence from what the model expects")
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     command(_fetch, "fetch", "fetch and convert the default language model, if that was not done before")
     return parser
 
-# %% ../nbs/12_cli.ipynb #3d19359e
+# %% ../nbs/12_cli.ipynb #5917da38
 def main(
     argv: list[str] | None = None,   # `sys.argv[1:]` if not given
 ) -> int:                            # exit status

@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length', 'logits', 'hard_logits']
 
-# %% ../nbs/04_discriminator.ipynb #a56f8a9e
+# %% ../nbs/04_discriminator.ipynb #ce94f9d8
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #4864cf9f
+# %% ../nbs/04_discriminator.ipynb #678c0d12
 PROMPTS = {
     "words": ("Examples of {label}:", "There are many kinds of {label}:"),
     "texts": ("Sentences about {label}:",),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #6a721460
+# %% ../nbs/04_discriminator.ipynb #ab9bb792
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #f44e04a2
+# %% ../nbs/04_discriminator.ipynb #6617c7a0
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #a98369c1
+# %% ../nbs/04_discriminator.ipynb #b65db0ed
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #083cfa18
+# %% ../nbs/04_discriminator.ipynb #26966339
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #14e1d048
+# %% ../nbs/04_discriminator.ipynb #41a15971
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #73f76e65
+# %% ../nbs/04_discriminator.ipynb #6ad2956e
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -253,7 +253,7 @@ def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) ->
             raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
                              "split it")
 
-# %% ../nbs/04_discriminator.ipynb #b314dc63
+# %% ../nbs/04_discriminator.ipynb #1339a7c8
 def logits(
     channel: Channel,
     label: Tensor,  # [B, T, d], embeddings of B labels of T tokens

@@ -9,7 +9,7 @@ __all__ = ['ACTIVE', 'PIECE', 'KEYS', 'SHOWN', 'CROP', 'Span', 'check_activation
            'feature_html', 'TokenizedFeature', 'token_ranges', 'nearest_span', 'token_activation', 'token_type',
            'continues_unit', 'tokenize']
 
-# %% ../nbs/01_feature.ipynb #cf8d8e2e
+# %% ../nbs/01_feature.ipynb #5ed1b081
 import json, operator, os, re, textwrap, unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ import torch
 
 if TYPE_CHECKING: from tokenlabel.lm import LM
 
-# %% ../nbs/01_feature.ipynb #168cb8d5
+# %% ../nbs/01_feature.ipynb #768ac991
 class Span(NamedTuple):
     "The characters `text[start:end]` and the activation of the feature on them, in [0, 1]."
     start: int
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 ACTIVE = 0.5  # a span, and later a unit, counts as active from this activation on
 
-# %% ../nbs/01_feature.ipynb #631e211e
+# %% ../nbs/01_feature.ipynb #bc7e3c9b
 def check_activation(
     value,  # what the user gave
 ) -> float:  # in [0, 1]
@@ -43,7 +43,7 @@ def check_activation(
         raise ValueError(f"activation {value} is not in [0, 1]; scale raw activations by dividing by their maximum")
     return float(value)
 
-# %% ../nbs/01_feature.ipynb #95c12ea2
+# %% ../nbs/01_feature.ipynb #7e011d4e
 def excerpt(value, width: int = 48) -> str:
     "The beginning of a text in quotes, or any other value, for messages."
     return repr(value[:width - 1] + "…" if isinstance(value, str) and len(value) > width else value)
@@ -54,7 +54,7 @@ def located(where: str):
     try: yield
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
-# %% ../nbs/01_feature.ipynb #39d7a6b8
+# %% ../nbs/01_feature.ipynb #1e0049f7
 def check_text(text: str) -> str:
     "`text` itself; raises ValueError if it is no string, blank, or not valid Unicode."
     if not isinstance(text, str): raise ValueError(f"expected a string, got {text!r}")
@@ -85,7 +85,7 @@ def check_spans(
         if b.start < a.end: raise ValueError(f"spans [{a.start}, {a.end}) and [{b.start}, {b.end}) overlap")
     return tuple(checked)
 
-# %% ../nbs/01_feature.ipynb #46cba37b
+# %% ../nbs/01_feature.ipynb #16d77f4b
 def merge_words(
     rows: Iterable[tuple[str, str, float]],  # where it was given (for messages), word, activation
 ) -> dict[str, float]:  # word -> activation, in the order given
@@ -100,7 +100,7 @@ def merge_words(
             where.setdefault(word, place)
     return activation
 
-# %% ../nbs/01_feature.ipynb #4e8afce3
+# %% ../nbs/01_feature.ipynb #e8a46513
 @dataclass(frozen=True, repr=False)
 class Feature:
     """What a feature fires on.
@@ -183,7 +183,7 @@ class Feature:
 def _from_activations(name: str, activations: Mapping[str, float]) -> Feature:
     return Feature(name, "words", tuple(activations), tuple((Span(0, len(w), a),) for w, a in activations.items()))
 
-# %% ../nbs/01_feature.ipynb #8b520493
+# %% ../nbs/01_feature.ipynb #475d7976
 PIECE = re.compile(r"\w+|[^\w\s]+")
 
 def pieces(
@@ -200,7 +200,7 @@ def overlaps(start: int, end: int, span: Span) -> bool:
     "Whether [start, end) and the span share a character."
     return start < span.end and span.start < end
 
-# %% ../nbs/01_feature.ipynb #88fc3d0c
+# %% ../nbs/01_feature.ipynb #fc3ab26b
 def occurrences(
     feature: Feature,
 ) -> list[tuple[str, bool]]:  # type, active; in order
@@ -219,7 +219,7 @@ def word_types(
     for kind, active in occurrences(feature): types[kind] = types.get(kind, False) or active
     return types
 
-# %% ../nbs/01_feature.ipynb #0ffe0e42
+# %% ../nbs/01_feature.ipynb #b8b38a32
 def draw_types(
     types: Mapping[str, bool],  # type -> active
     share: float,               # of each class, between 0 and 1
@@ -237,7 +237,7 @@ def draw_types(
         heldout.update(kinds[i] for i in rng.permutation(len(kinds))[:count])
     return frozenset(heldout)
 
-# %% ../nbs/01_feature.ipynb #dc903aed
+# %% ../nbs/01_feature.ipynb #586dee3f
 KEYS = {"words": ("word", "activation"), "texts": ("text", "spans")}
 
 def parse_line(
@@ -271,7 +271,7 @@ def read_jsonl(path: Path, name: str | None = None) -> Feature:
         if rows[0][0] == "words": return _from_activations(name, merge_words((where, *row) for _, row, where in rows))
         return Feature.from_texts(name, *zip(*(row for _, row, _ in rows)))
 
-# %% ../nbs/01_feature.ipynb #dcf2782a
+# %% ../nbs/01_feature.ipynb #1c41dae3
 def write_jsonl(feature: Feature, path: Path) -> Path:
     "Write a feature, one word or text a line; an existing file is replaced at once."
     if feature.mode == "words":
@@ -285,7 +285,7 @@ def write_jsonl(feature: Feature, path: Path) -> Path:
     finally: temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_feature.ipynb #55eb6e4b
+# %% ../nbs/01_feature.ipynb #5d3d6101
 SHOWN = {"words": 80, "texts": 20}  # at most, when a feature displays itself
 CROP = 300                          # characters shown of a text
 
@@ -318,7 +318,7 @@ def mark(
         at = s.end
     return "".join(parts) + (rest(text[at:crop]) if at < crop else "") + ("…" if len(text) > crop else "")
 
-# %% ../nbs/01_feature.ipynb #35303739
+# %% ../nbs/01_feature.ipynb #2e6b4230
 def feature_text(feature: Feature, width: int = 100) -> str:
     "A feature as plain text."
     indices, left = shown(feature)
@@ -328,7 +328,7 @@ def feature_text(feature: Feature, width: int = 100) -> str:
     more = [f"... and {left} more"] if left else []
     return "\n".join([f"{feature.name}: {header(feature)}", *("  " + row for row in rows + more)])
 
-# %% ../nbs/01_feature.ipynb #407e2c8a
+# %% ../nbs/01_feature.ipynb #6346ce57
 def feature_html(feature: Feature) -> str:
     "A feature as HTML, background intensity for activation."
     def span(part, activation):
@@ -342,7 +342,7 @@ def feature_html(feature: Feature) -> str:
     head = f"<div><b>{escape(feature.name)}</b> &ensp;{header(feature)}</div>"
     return f'<div style="text-align: left">{head}{"".join(rows)}{more}</div>'
 
-# %% ../nbs/01_feature.ipynb #af26c2ce
+# %% ../nbs/01_feature.ipynb #3b1bd454
 @dataclass(frozen=True, eq=False)
 class TokenizedFeature:
     "A feature for one language model: N tokens in S sequences, U units."
@@ -360,7 +360,7 @@ class TokenizedFeature:
         return (f"TokenizedFeature({self.feature.name!r}, {len(self.sequences)} sequences, "
                 f"{len(self.token_unit)} tokens, {len(self.activation)} units, {int(self.heldout.sum())} held out)")
 
-# %% ../nbs/01_feature.ipynb #ae692139
+# %% ../nbs/01_feature.ipynb #2e1397ba
 def token_ranges(
     text: str,
     lm: "LM",
@@ -374,7 +374,7 @@ def token_ranges(
         ranges.append((start, end))
     return ids, ranges
 
-# %% ../nbs/01_feature.ipynb #3bcd2d7e
+# %% ../nbs/01_feature.ipynb #62381356
 def nearest_span(
     span: Span,
     ranges: Sequence[tuple[int, int]],  # of the tokens
@@ -402,7 +402,7 @@ def token_activation(
                 f"[{near[0]}, {near[1]}) {excerpt(text[slice(*near)])}")
     return 0.0
 
-# %% ../nbs/01_feature.ipynb #afba29c2
+# %% ../nbs/01_feature.ipynb #544dcc49
 def token_type(
     start: int,
     end: int,
@@ -412,7 +412,7 @@ def token_type(
     touched = [kind for s, e, kind in found if s < end and start < e]
     return next(filter(is_word, touched), touched[0] if touched else "")
 
-# %% ../nbs/01_feature.ipynb #9297699c
+# %% ../nbs/01_feature.ipynb #09413b03
 def continues_unit(
     text: str,
     before: tuple[int, int],  # range of the token before
@@ -426,7 +426,7 @@ def continues_unit(
     wide = unicodedata.east_asian_width(text[s]) in "WF"  # Chinese, Japanese, Korean
     return s == e0 and not wide and any(start <= s0 and e <= end for start, end, _ in found)
 
-# %% ../nbs/01_feature.ipynb #4b5ab555
+# %% ../nbs/01_feature.ipynb #3c8e76c9
 def tokenize(
     feature: Feature,
     lm: "LM",

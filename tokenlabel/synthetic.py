@@ -10,7 +10,7 @@ __all__ = ['MAMMALS', 'OTHER_ANIMALS', 'FAMILIAR_ANIMALS', 'OBJECTS', 'OTHER_WOR
            'word_feature', 'article', 'fill', 'deal', 'deal_groups', 'text_feature', 'animals', 'mammals', 'chinese',
            'numbers', 'palindromes']
 
-# %% ../nbs/02_synthetic.ipynb #f9620442
+# %% ../nbs/02_synthetic.ipynb #0a7fda71
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from .feature import Feature, Span
 
-# %% ../nbs/02_synthetic.ipynb #57678179
+# %% ../nbs/02_synthetic.ipynb #9ff71f08
 def plural(noun: str) -> str:
     "The regular plural of an English noun."
     if re.search(r"(s|x|z|ch|sh)$", noun): return noun + "es"
@@ -33,7 +33,7 @@ def lexicon(
     if twice: raise ValueError(f"{sorted(twice)} given twice")
     return {word: irregular or plural(word) for word, irregular in entries}
 
-# %% ../nbs/02_synthetic.ipynb #e55fd4b1
+# %% ../nbs/02_synthetic.ipynb #2199b79b
 MAMMALS = lexicon("""
     dog cat horse cow pig sheep/sheep goat donkey mule camel llama alpaca pony puppy kitten
     lamb foal piglet stallion mare ox/oxen yak buffalo/buffaloes bison/bison moose/moose elk/elk reindeer/reindeer
@@ -46,7 +46,7 @@ MAMMALS = lexicon("""
     whale dolphin porpoise walrus manatee
 """)
 
-# %% ../nbs/02_synthetic.ipynb #dfdd372d
+# %% ../nbs/02_synthetic.ipynb #fcb2bedf
 OTHER_ANIMALS = lexicon("""
     eagle hawk falcon owl vulture condor pigeon dove sparrow finch robin raven crow magpie starling nightingale
     canary cuckoo parrot parakeet cockatoo toucan woodpecker hummingbird peacock pheasant partridge ostrich emu
@@ -60,7 +60,7 @@ OTHER_ANIMALS = lexicon("""
     crab lobster shrimp/shrimp octopus squid/squid jellyfish/jellyfish starfish/starfish oyster clam mussel
 """)
 
-# %% ../nbs/02_synthetic.ipynb #88acd7bb
+# %% ../nbs/02_synthetic.ipynb #6cc22927
 FAMILIAR_ANIMALS = """
     dog cat horse cow pig sheep goat donkey camel pony puppy kitten lamb deer giraffe zebra elephant lion tiger leopard
     wolf fox squirrel hamster mouse rat rabbit hedgehog kangaroo monkey gorilla panda whale dolphin
@@ -68,7 +68,7 @@ FAMILIAR_ANIMALS = """
     snake lizard turtle crocodile frog ant bee butterfly beetle mosquito spider snail crab lobster octopus
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #48e37d33
+# %% ../nbs/02_synthetic.ipynb #8b9e2c46
 OBJECTS = lexicon("""
     hammer screwdriver wrench ladder shovel rake bucket rope chisel axe toolbox wheelbarrow lantern candle torch
     table chair sofa bookshelf/bookshelves wardrobe mattress cradle bench cupboard drawer mirror curtain carpet
@@ -84,7 +84,7 @@ OBJECTS = lexicon("""
     statue fountain pebble balloon puppet marble pyramid hourglass igloo
 """)
 
-# %% ../nbs/02_synthetic.ipynb #5b5480bc
+# %% ../nbs/02_synthetic.ipynb #9a9ba136
 OTHER_WORDS = """
     castle church lighthouse bridge library museum hospital bakery garage station airport village
     river mountain desert island valley harbor glacier thunder rainbow sunset breeze fog
@@ -103,7 +103,7 @@ OTHER_WORDS = """
     always seldom beneath toward perhaps yesterday slowly
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #2d618ca2
+# %% ../nbs/02_synthetic.ipynb #d3d9841a
 NEAR_ANIMALS = """
     zoo pet fur feather nest stable saddle milk wool leather cage leash kennel aquarium beak paw hoof
     tail claw wing barn meadow pasture jungle forest honey egg cheese hunting fishing riding beekeeping
@@ -111,7 +111,7 @@ NEAR_ANIMALS = """
     gallop graze wildlife
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #27ad01bd
+# %% ../nbs/02_synthetic.ipynb #13c6af46
 CHINESE_WORDS = """
     你好 谢谢 再见 欢迎 朋友 老师 学生 同学 医生 司机 工人 农民 警察
     爸爸 妈妈 哥哥 姐姐 弟弟 妹妹 爷爷 奶奶 孩子 学校 医院 商店 饭店 银行 公园 机场 车站 城市 农村
@@ -123,7 +123,7 @@ CHINESE_WORDS = """
     漂亮 聪明 重要 简单 困难 便宜 应该 因为 所以 但是 已经 非常 我们 他们 什么 为什么
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #fc22c408
+# %% ../nbs/02_synthetic.ipynb #00259e6c
 FOREIGN_WORDS = """
     ありがとう こんにちは さくら みずうみ ともだち たまご ひまわり おはよう カメラ テレビ ホテル コーヒー レストラン
     안녕하세요 감사합니다 친구 학교 사랑 음악 시간 바다 하늘 커피 여행 가족 사과 도서관
@@ -137,13 +137,13 @@ FOREIGN_WORDS = """
     water mountain library friend teacher weather kitchen garden window bicycle yesterday language
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #e1baadab
+# %% ../nbs/02_synthetic.ipynb #f72500ec
 NEAR_CHINESE = """
     China Beijing Shanghai panda dragon tea dynasty pinyin nihao Asia Tokyo Seoul Korea Vietnam kimono sushi
     noodles bamboo silk lantern emperor calligraphy character translation wushu ramen origami
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #d392a115
+# %% ../nbs/02_synthetic.ipynb #3323202c
 NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
@@ -158,7 +158,7 @@ DIGITS = """
     1066 1492 1789 1914 1969 1984 2000 2024 3600 5000 8848 10000
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #2edacc35
+# %% ../nbs/02_synthetic.ipynb #7d90909f
 NEAR_NUMBERS = """
     count sum pair date percent total amount quantity several many few some algebra geometry calculator ruler
     scale price age length weight height distance minute hour month decade statistics fraction formula equation
@@ -166,7 +166,7 @@ NEAR_NUMBERS = """
     kilometer gallon crowd everything
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #1d4ff622
+# %% ../nbs/02_synthetic.ipynb #f238b955
 PALINDROMES = """
     level radar civic kayak madam refer rotor noon deed peep pup mom dad eye eve bob pop tot wow gag gig nun sis
     sees toot stats solos sagas tenet racecar rotator reviver repaper redder deified minim kook did dud ewe huh mum
@@ -174,7 +174,7 @@ PALINDROMES = """
     denned dewed shahs detartrated terret
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #8b372662
+# %% ../nbs/02_synthetic.ipynb #98da22aa
 NEAR_PALINDROMES = """
     lever radio civil canoe medal prefer motor moon need deep cup mop day dye even top dot how bag big run sip
     seed tool stars solar sugar tenth racers rotated revival reports reader defied minus cook dig mud owe hub
@@ -183,7 +183,7 @@ NEAR_PALINDROMES = """
     banana tomato potato cocoa salsa papaya mamma lemon
 """.split()
 
-# %% ../nbs/02_synthetic.ipynb #1f69032a
+# %% ../nbs/02_synthetic.ipynb #931e3b53
 def draw(
     rng: np.random.Generator,
     words: Sequence[str],
@@ -209,7 +209,7 @@ def word_feature(
         words |= dict.fromkeys(draw(rng, [word for word in group if word not in words], count), 0.0)
     return Feature.from_words(name, {word: words[word] for word in draw(rng, list(words), size)})
 
-# %% ../nbs/02_synthetic.ipynb #42811dfc
+# %% ../nbs/02_synthetic.ipynb #b243eb9e
 def article(noun: str) -> str:
     "`a` or `an`, by sound."
     if re.match(r"uni|uku|use|eu|ewe|one", noun): return "a"
@@ -233,7 +233,7 @@ def fill(
         text, at = text + word, slot.end()
     return text + template[at:], spans
 
-# %% ../nbs/02_synthetic.ipynb #ad53f80a
+# %% ../nbs/02_synthetic.ipynb #4b500153
 TEMPLATES = """
     The child drew {a x} on the wall with a red crayon.
     On the first page there was {a x} beside a small {x}.
@@ -316,7 +316,7 @@ TEMPLATES = """
     {Xs} are hard to draw, as every beginner soon finds out.
 """.strip().splitlines()
 
-# %% ../nbs/02_synthetic.ipynb #7d38e191
+# %% ../nbs/02_synthetic.ipynb #f3d6f5ef
 FILLERS = """
     The train to the coast was late again, so we read.
     Nobody answered the telephone, although it rang for a long time.
@@ -356,7 +356,7 @@ FILLERS = """
     From the tower you can see the whole valley on clear days.
 """.strip().splitlines()
 
-# %% ../nbs/02_synthetic.ipynb #6e07dc5b
+# %% ../nbs/02_synthetic.ipynb #f1324d26
 def deal(
     rng: np.random.Generator,
     items: Sequence,
@@ -402,7 +402,7 @@ def _forms(source) -> list[tuple[str, str]]:
     "(singular, plural) of each word; a list has no plurals."
     return list(source.items()) if isinstance(source, Mapping) else [(word, word) for word in source]
 
-# %% ../nbs/02_synthetic.ipynb #ab97cb7c
+# %% ../nbs/02_synthetic.ipynb #a0c3c1d6
 SIZE = {"words": 120, "texts": 60}  # words or sentences, unless asked otherwise
 
 def _size(mode: str, size: int | None, default: Mapping[str, int] = SIZE) -> int:
@@ -423,7 +423,7 @@ def animals(
     slots = {"x": [(3, {name: everything[name] for name in FAMILIAR_ANIMALS}, 1.0), (1, OBJECTS, 0.0)]}
     return text_feature("animals", [(7, TEMPLATES), (1, FILLERS)], slots, size, seed)
 
-# %% ../nbs/02_synthetic.ipynb #4cb5c579
+# %% ../nbs/02_synthetic.ipynb #e3581ac4
 CREATURE_TEMPLATES = """
     The farmer found {a c} asleep behind the barn at dawn.
     {A c} crossed the road just in front of our car.
@@ -471,7 +471,7 @@ def mammals(
              "x": [(many, MAMMALS, 1.0), (few, OTHER_ANIMALS, 0.0), ((many + few) // 2, OBJECTS, 0.0)]}
     return text_feature("mammals", [(4, CREATURE_TEMPLATES), (3, TEMPLATES), (1, FILLERS)], slots, size, seed)
 
-# %% ../nbs/02_synthetic.ipynb #b964e3e2
+# %% ../nbs/02_synthetic.ipynb #1cb7eac3
 CHINESE_SENTENCES = """
     今天天气很好，我们去公园散步吧。
     我妈妈每天早上起床给我们做早饭。
@@ -511,7 +511,7 @@ CHINESE_SENTENCES = """
     冬天太冷了，谁也不想出门。
 """.strip().splitlines()
 
-# %% ../nbs/02_synthetic.ipynb #f5a9f52f
+# %% ../nbs/02_synthetic.ipynb #124522e3
 FOREIGN_SENTENCES = """
     Le train pour Lyon part à midi, si tout va bien.
     Ma sœur apprend le piano depuis l'automne.
@@ -560,7 +560,7 @@ QUOTES = """
     Somebody in the crowd shouted: {z}
 """.strip().splitlines()
 
-# %% ../nbs/02_synthetic.ipynb #4968c95d
+# %% ../nbs/02_synthetic.ipynb #2ce09c04
 MENTIONS = """
     She wrote {w} on the board and waited for an answer.
     The last thing on the list was {w}, in red letters.
@@ -584,7 +584,7 @@ MENTIONS = """
     For weeks the sign above the shop simply said {w}.
 """.strip().splitlines()
 
-# %% ../nbs/02_synthetic.ipynb #a3499b59
+# %% ../nbs/02_synthetic.ipynb #50c1318c
 def chinese(
     seed: int = 0,
     mode: str = "words",       # "words" or "texts"
@@ -599,7 +599,7 @@ def chinese(
              "w": [(1, CHINESE_WORDS, 1.0), (1, FOREIGN_WORDS + NEAR_CHINESE, 0.0)]}
     return text_feature("chinese", [(3, ["{z}"]), (1, QUOTES), (2, MENTIONS)], slots, size, seed)
 
-# %% ../nbs/02_synthetic.ipynb #ee62bb96
+# %% ../nbs/02_synthetic.ipynb #c1c07b4f
 QUANTITY_TEMPLATES = """
     The recipe asks for {q} eggs and a pinch of salt.
     We saw {q} boats in the harbor before it got dark.
@@ -659,7 +659,7 @@ def numbers(
              "w": [(3, NUMBER_WORDS + DIGITS, 1.0), (1, near + far, 0.0)]}
     return text_feature("numbers", [(5, QUANTITY_TEMPLATES), (2, MENTIONS), (1, FILLERS)], slots, size, seed)
 
-# %% ../nbs/02_synthetic.ipynb #4750ab72
+# %% ../nbs/02_synthetic.ipynb #07bf1cb0
 PALINDROME_NOUNS = """
     kayak radar rotor pup mom dad eye bib gig nun madam racecar deed ewe pip tot pop dud rotator reviver kook gag
 """.split()
