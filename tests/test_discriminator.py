@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenlabel.discriminator as module
-from tokenlabel.discriminator import (EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length, hard_logits,
-                                      in_chunks, logits, make_batch, marginal_log_probs, pack, read_prompt,
+from tokenlabel.discriminator import (EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length,
+                                      in_chunks, make_batch, marginal_log_probs, pack, read_prompt,
                                       token_log_probs)
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
@@ -310,8 +310,8 @@ def test_logits_equal_the_naive_ones(family, feature):
                         for label in (*lm.embed(hard), *embed_softlabel(soft, lm))])
     batch = make_batch(tokens)
     assert batch.unit.tolist() == list(range(len(tokens.activation)))
-    assert close(hard_logits(judge, hard, batch), slow[:2], 2e-4)  # a sum over the tokens of a unit
-    assert close(logits(judge, embed_softlabel(soft, lm), batch), slow[2:], 2e-4)
+    assert close(judge.hard_logits(hard, batch), slow[:2], 2e-4)  # a sum over the tokens of a unit
+    assert close(judge.logits(embed_softlabel(soft, lm), batch), slow[2:], 2e-4)
 
 
 @torch.no_grad()
@@ -320,7 +320,7 @@ def test_logits_of_words_equal_the_naive_ones_on_the_default_model(lm):
     tokens = tokenize(feature, lm)
     judge = channel(lm, tokens, ["Examples of {label}:"])
     label = torch.tensor([lm.encode(" animal")])
-    z = hard_logits(judge, label, make_batch(tokens))[0]
+    z = judge.hard_logits(label, make_batch(tokens))[0]
     assert close(z, naive_logits(lm, tokens, judge.prompts, lm.embed(label)[0]), 5e-4)
     assert z[0] > z[2] and z[1] > z[2]
 
@@ -332,7 +332,7 @@ def test_logits_of_a_text_equal_the_naive_ones_on_the_default_model(lm):
     judge = channel(lm, tokens)
     assert tuple(p.text for p in judge.prompts) == PROMPTS["texts"]
     label = torch.tensor([lm.encode(" animal")])
-    z = hard_logits(judge, label, make_batch(tokens))[0]
+    z = judge.hard_logits(label, make_batch(tokens))[0]
     assert close(z, naive_logits(lm, tokens, judge.prompts, lm.embed(label)[0]), 5e-4)
     assert tokens.strings[int(z.argmax())] == "·fox"
 
@@ -343,16 +343,16 @@ def test_a_batch_gives_the_numbers_of_its_units(feature):
     lm = make_tiny_lm("llama")
     tokens = tokenize(feature, lm)
     judge, labels = channel(lm, tokens), torch.tensor([[44], [123], [200]])
-    whole = hard_logits(judge, labels, make_batch(tokens))
+    whole = judge.hard_logits(labels, make_batch(tokens))
     for chosen in ([0], [2], [0, 2], [1, 2], [2, 0]):
         batch = make_batch(tokens, chosen)
         assert sorted(set(tokens.token_unit[torch.isin(tokens.token_sequence, torch.tensor(chosen))].tolist())) \
             == batch.unit.tolist()
-        assert close(hard_logits(judge, labels, batch), whole[:, batch.unit], 1e-5)
+        assert close(judge.hard_logits(labels, batch), whole[:, batch.unit], 1e-5)
     for most in (1, 9, 1000):
         parts = all_batches(tokens, most)
         assert torch.equal(torch.cat([part.unit for part in parts]), torch.arange(len(tokens.activation)))
-        assert close(torch.cat([hard_logits(judge, labels, part) for part in parts], 1), whole, 1e-5)
+        assert close(torch.cat([judge.hard_logits(labels, part) for part in parts], 1), whole, 1e-5)
     assert len(all_batches(tokens, 1)) == len(tokens.sequences) and len(all_batches(tokens, 1000)) == 1
 
 
@@ -363,8 +363,8 @@ def test_a_large_feature_is_gone_through_in_parts_that_do_not_show():
     tokens = tokenize(Feature.from_words("w", words[::2], words[1::2]), lm)
     assert len(tokens.token_unit) > 1100 and len(all_batches(tokens)) > 1
     judge, labels = channel(lm, tokens), torch.tensor([[44], [123]])
-    z = torch.cat([hard_logits(judge, labels, part) for part in all_batches(tokens)], 1)
-    assert close(z, hard_logits(judge, labels, make_batch(tokens)), 2e-5)
+    z = torch.cat([judge.hard_logits(labels, part) for part in all_batches(tokens)], 1)
+    assert close(z, judge.hard_logits(labels, make_batch(tokens)), 2e-5)
     for i in (0, 74, 75, 149):
         slow = naive_logits(lm, one_word(tokens, i), judge.prompts, lm.embed(labels)[0])
         assert close(z[0, [i]], slow, 2e-4)
@@ -380,9 +380,9 @@ def test_the_logits_have_a_gradient_and_the_hard_ones_do_not():
     lm = make_tiny_lm("llama")
     judge = channel(lm, tokenize(WORDS, lm))
     v = torch.zeros(2, 1, MODEL_SIZE, requires_grad=True)
-    logits(judge, embed_softlabel(log_softlabel(v, 1.0, lm.admissible), lm), make_batch(judge.tokens)).sum().backward()
+    judge.logits(embed_softlabel(log_softlabel(v, 1.0, lm.admissible), lm), make_batch(judge.tokens)).sum().backward()
     assert (v.grad[..., lm.admissible] != 0).all() and (v.grad[..., ~lm.admissible] == 0).all()
-    assert not hard_logits(judge, torch.tensor([[5]]), make_batch(judge.tokens)).requires_grad
+    assert not judge.hard_logits(torch.tensor([[5]]), make_batch(judge.tokens)).requires_grad
 
 
 def test_the_default_prompts_are_those_of_the_mode():

@@ -16,11 +16,11 @@ from test_discriminator import naive_logits
 from transformers import AutoModelForCausalLM
 
 import tokenlabel.optimize as module
-from tokenlabel.discriminator import channel, logits, make_batch
+from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import LabelResult, Search, draw_sequences, has_collapsed, label_feature, rank_labels, schedule
+from tokenlabel.optimize import LabelResult, Search, draw_items, has_collapsed, label_feature, rank_labels, schedule
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -105,17 +105,17 @@ def test_a_draw_has_its_size_and_is_as_balanced_as_can_be(n_active, n_inactive, 
     size, seed = data.draw(st.integers(1, total)), data.draw(st.integers(0, 999))
     numbers = torch.randperm(100, generator=torch.Generator().manual_seed(seed))[:total]
     active, inactive = numbers[:n_active], numbers[n_active:]
-    drawn = draw_sequences(active, inactive, size, torch.Generator().manual_seed(seed))
+    drawn = draw_items(active, inactive, size, torch.Generator().manual_seed(seed))
     assert len(drawn) == len(set(drawn)) == size and drawn == sorted(drawn)
     assert set(drawn) <= set(numbers.tolist())
     possible = range(max(0, size - n_inactive), min(n_active, size) + 1)
     assert len(set(drawn) & set(active.tolist())) == min(possible, key=lambda n: (abs(n - size / 2), n))
-    assert drawn == draw_sequences(active, inactive, size, torch.Generator().manual_seed(seed))
+    assert drawn == draw_items(active, inactive, size, torch.Generator().manual_seed(seed))
 
 
 def test_in_the_long_run_every_sequence_is_drawn_equally_often():
     generator, counts = torch.Generator().manual_seed(0), np.zeros(20)
-    for _ in range(1000): counts[draw_sequences(torch.arange(5), torch.arange(5, 20), 6, generator)] += 1
+    for _ in range(1000): counts[draw_items(torch.arange(5), torch.arange(5, 20), 6, generator)] += 1
     assert np.abs(counts[:5] / 600 - 1).max() < 0.15 and np.abs(counts[5:] / 200 - 1).max() < 0.25
 
 
@@ -227,7 +227,7 @@ def test_a_step_is_one_of_adam_on_the_objective():
     for step in range(6):
         tau, entropy_weight = 2.0 * 0.25 ** (step / 5), 0.5 * step / 5
         log_p = log_softlabel(v, tau, lm.admissible)
-        z = logits(judge, embed_softlabel(log_p, lm)[:, None], make_batch(tokens))[:, fit]
+        z = judge.logits(embed_softlabel(log_p, lm)[:, None], make_batch(tokens))[:, fit]
         losses = objective(z, tokens.activation[fit], log_p, judge.log_prior,
                            LossWeights(1.0, entropy_weight, 0.1, 0.4))
         adam.zero_grad()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_prompt', 'Packing', 'pack', 'forward_rows',
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
-           'Channel', 'channel', 'check_length', 'logits', 'hard_logits']
+           'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #ce94f9d8
+# %% ../nbs/04_discriminator.ipynb #a07f0055
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #678c0d12
+# %% ../nbs/04_discriminator.ipynb #bf438878
 PROMPTS = {
     "words": ("Examples of {label}:", "There are many kinds of {label}:"),
     "texts": ("Sentences about {label}:",),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #ab9bb792
+# %% ../nbs/04_discriminator.ipynb #26e1e478
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #6617c7a0
+# %% ../nbs/04_discriminator.ipynb #773dd1f1
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #b65db0ed
+# %% ../nbs/04_discriminator.ipynb #1f7c5143
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #26966339
+# %% ../nbs/04_discriminator.ipynb #02b22d3d
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #41a15971
+# %% ../nbs/04_discriminator.ipynb #b8a2c8e0
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #6ad2956e
+# %% ../nbs/04_discriminator.ipynb #d74a4649
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -223,6 +223,48 @@ class Channel:
     prompts: tuple[Prompt, ...]
     baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
+
+    @property
+    def item(self) -> Tensor:  # long [U]
+        "What batches are made of: the number of each unit's word or text."
+        item = torch.zeros(len(self.tokens.activation), dtype=torch.long)
+        item[self.tokens.token_unit] = self.tokens.token_sequence
+        return item
+
+    def cost(self, item: int) -> int:
+        "Positions that a word or text adds to a batch."
+        return len(self.tokens.sequences[item]) - 1
+
+    def batch(self, items: Sequence[int] | None = None) -> Batch:
+        "Some words or texts, or all."
+        return make_batch(self.tokens, items)
+
+    def batches(self) -> list[Batch]:
+        "All words or texts, in batches small enough for memory."
+        return all_batches(self.tokens)
+
+    def logits(
+        self,
+        label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
+        batch: Batch,
+    ) -> Tensor:  # [B, U], without bias
+        "How much more likely each label makes each unit, in nats."
+        return _gain(self, batch, [token_log_probs(self.lm, p, label, batch.packing) for p in self.prompts])
+
+    @torch.no_grad()
+    def hard_logits(
+        self,
+        labels: Tensor,  # long [B, T], token ids of B labels
+        batch: Batch,
+    ) -> Tensor:  # [B, U], without bias
+        "`logits` of labels made of real tokens, without gradient; B may be large."
+        label = self.lm.embed(labels)
+        return _gain(self, batch, [in_chunks(self.lm, p, label, batch.packing) for p in self.prompts])
+
+
+def _gain(channel: Channel, batch: Batch, given: list[Tensor]) -> Tensor:
+    gain = torch.stack(given).mean(0) - channel.baseline[batch.token]  # [B, N]
+    return gain.new_zeros(len(gain), len(batch.unit)).index_add(1, batch.of_unit.to(gain.device), gain)
 
 
 def channel(
@@ -252,28 +294,3 @@ def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) ->
         if len(ids) > room:
             raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
                              "split it")
-
-# %% ../nbs/04_discriminator.ipynb #1339a7c8
-def logits(
-    channel: Channel,
-    label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
-    batch: Batch,
-) -> Tensor:  # [B, U], without bias
-    "How much more likely each label makes each unit, in nats."
-    return _gain(channel, batch, [token_log_probs(channel.lm, p, label, batch.packing) for p in channel.prompts])
-
-
-def _gain(channel: Channel, batch: Batch, given: list[Tensor]) -> Tensor:
-    gain = torch.stack(given).mean(0) - channel.baseline[batch.token]  # [B, N]
-    return gain.new_zeros(len(gain), len(batch.unit)).index_add(1, batch.of_unit.to(gain.device), gain)
-
-
-@torch.no_grad()
-def hard_logits(
-    channel: Channel,
-    labels: Tensor,  # long [B, T], token ids of B labels
-    batch: Batch,
-) -> Tensor:  # [B, U], without bias
-    "`logits` of labels made of real tokens, without gradient; B may be large."
-    label = channel.lm.embed(labels)
-    return _gain(channel, batch, [in_chunks(channel.lm, p, label, batch.packing) for p in channel.prompts])
