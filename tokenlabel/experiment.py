@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_parameters', 'ExperimentError', 'notebook_errors',
            'run_experiment', 'content_hash', 'code_version', 'cache_entry', 'read_entry', 'write_entry',
-           'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'run_calls', 'time_steps',
+           'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'Call', 'run_calls', 'time_steps',
            'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
            'fastest_layout', 'Display', 'label_all']
 
-# %% ../nbs/11_experiment.ipynb #b13890fb
+# %% ../nbs/11_experiment.ipynb #99df0701
 import ast
 import hashlib
 import json
@@ -42,7 +42,7 @@ import tokenlabel
 
 _package = Path(tokenlabel.__file__).resolve().parent
 
-# %% ../nbs/11_experiment.ipynb #b63ffc19
+# %% ../nbs/11_experiment.ipynb #47abde72
 def list_experiments() -> dict[str, Path]:
     "The experiment notebooks of the source checkout that this package runs from, by name."
     root = _package.parent
@@ -51,7 +51,7 @@ def list_experiments() -> dict[str, Path]:
                                 "and install from there with `pip install -e .`, or give the path of a notebook")
     return {path.stem: path for path in sorted((root / "nbs" / "experiments").glob("*.ipynb"))}
 
-# %% ../nbs/11_experiment.ipynb #ad499490
+# %% ../nbs/11_experiment.ipynb #73c04ca9
 def find_experiment(name_or_path: str | Path) -> Path:
     "The notebook of that name among `list_experiments()`, or at that path."
     path = Path(name_or_path)
@@ -68,7 +68,7 @@ def _nearest(name: str, names) -> str:
     close = get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/11_experiment.ipynb #b5798d5a
+# %% ../nbs/11_experiment.ipynb #ebeef5a0
 _types = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
 
 def _fits(value, annotation: str) -> bool:
@@ -90,7 +90,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         if not _fits(value, wanted):
             raise ValueError(f"parameter {name!r} of {notebook.name} must be {wanted}, not {value!r}")
 
-# %% ../nbs/11_experiment.ipynb #f1c5a600
+# %% ../nbs/11_experiment.ipynb #da32db3b
 class ExperimentError(RuntimeError):
     "A cell of an experiment notebook failed. The message has the cell, the error and where the notebook was kept."
 
@@ -101,7 +101,7 @@ def _cell_error(error) -> str:
     traceback = re.sub("\x1b\\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
     return "\n".join([f"in cell [{error.exec_count}]:", "", *(f"    {line}" for line in excerpt), "", *traceback[-12:]])
 
-# %% ../nbs/11_experiment.ipynb #18251f71
+# %% ../nbs/11_experiment.ipynb #d0539a6b
 def notebook_errors(
     nb,   # an executed notebook, as nbformat reads it
 ) -> list[str]:
@@ -118,7 +118,7 @@ def notebook_errors(
             found.append(f"{place}: {text.strip().splitlines()[-1]}")
     return found
 
-# %% ../nbs/11_experiment.ipynb #599b4ced
+# %% ../nbs/11_experiment.ipynb #d2f907b1
 def _publish(staging: Path, figures: Path) -> list[Path]:
     "Put the files of `staging` into `figures`, over files of the same names; returns where they are."
     sources = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -133,7 +133,7 @@ def _publish(staging: Path, figures: Path) -> list[Path]:
         for new in hidden: new.unlink(missing_ok=True)   # there are some if the disk was full
     return targets
 
-# %% ../nbs/11_experiment.ipynb #4b86ab40
+# %% ../nbs/11_experiment.ipynb #52a21213
 def _kernel_manager() -> type:
     "A kernel manager class that starts `python3` with the running interpreter."
     from jupyter_client.kernelspec import KernelSpecManager
@@ -146,7 +146,7 @@ def _kernel_manager() -> type:
 
     return ThisPython
 
-# %% ../nbs/11_experiment.ipynb #2c181faa
+# %% ../nbs/11_experiment.ipynb #38088d63
 def run_experiment(
     name_or_path: str | Path,        # one of `list_experiments()`, or a notebook
     parameters: dict[str, Any],      # values for the cell tagged `parameters`, all but `figures` and `runs`
@@ -197,7 +197,7 @@ def run_experiment(
                               f"The figures in {figures} are as they were.")
     return kept
 
-# %% ../nbs/11_experiment.ipynb #d5b80b4d
+# %% ../nbs/11_experiment.ipynb #32a9cbfc
 def _as_json(value):
     "What `json.dumps` shall write for a value it does not know."
     if hasattr(value, "fingerprint"):
@@ -211,7 +211,7 @@ def content_hash(key: dict) -> str:
     canonical = json.dumps(key, default=_as_json, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
-# %% ../nbs/11_experiment.ipynb #868753e5
+# %% ../nbs/11_experiment.ipynb #dbed3ac0
 _not_numeric = {"__init__", "_modidx", "cli", "experiment", "plot", "widgets",
                 "synthetic"}   # what it makes is in the key, as data
 
@@ -224,7 +224,7 @@ def code_version() -> str:
 @lru_cache
 def _syntax(source: str) -> str: return ast.dump(ast.parse(source))
 
-# %% ../nbs/11_experiment.ipynb #76ad8b4c
+# %% ../nbs/11_experiment.ipynb #cd82bb73
 def cache_entry(
     key: dict,    # all that a result depends on, apart from the code
     runs: Path,
@@ -254,7 +254,7 @@ def write_entry(
             if not entry.exists(): raise   # else another process was quicker, and has written the same
     finally: shutil.rmtree(work)
 
-# %% ../nbs/11_experiment.ipynb #be3819c3
+# %% ../nbs/11_experiment.ipynb #82949422
 def cached_result(
     compute: Callable[[], Any],        # gives an object with a method `save(folder)`
     key: dict,                         # all that the result depends on, apart from the code
@@ -270,7 +270,7 @@ def cached_result(
     write_entry(entry, result)
     return load(entry)
 
-# %% ../nbs/11_experiment.ipynb #c5eb0290
+# %% ../nbs/11_experiment.ipynb #caa8d061
 def cached_label(
     feature,                # a `Feature`
     lm,                     # an `LM`
@@ -286,7 +286,7 @@ def cached_label(
 
 def _label_key(feature, lm, options: dict) -> dict: return {"feature": feature, "lm": lm, "options": options}
 
-# %% ../nbs/11_experiment.ipynb #fdcec196
+# %% ../nbs/11_experiment.ipynb #41a28540
 @dataclass(frozen=True)
 class Job:
     "A run for `label_all`."
@@ -294,7 +294,7 @@ class Job:
     feature: Any    # a `Feature`
     options: dict   # more arguments of `label_feature`: JSON values and `LossWeights`
 
-# %% ../nbs/11_experiment.ipynb #ac51a3e4
+# %% ../nbs/11_experiment.ipynb #23d11ab2
 def work() -> None:
     "The life of a worker: load a model, do calls and tell how they go, and end when the socket is closed."
     connection, inbox = Connection(0), SimpleQueue()
@@ -306,15 +306,16 @@ def work() -> None:
 
     Thread(target=listen, daemon=True).start()
     try:
-        lm = pickle.loads(inbox.get())()
+        lm = _load_again(**pickle.loads(inbox.get()))
         while True:
-            call = pickle.loads(inbox.get())
-            connection.send(("done", call(lm, lambda rows: connection.send(("step", rows)))))
+            function, arguments = pickle.loads(inbox.get())
+            value = globals()[function](lm, lambda rows: connection.send(("step", rows)), **arguments)
+            connection.send(("done", value))
     except Exception as error:
         with suppress(BrokenPipeError):
             connection.send(("failed", (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
-# %% ../nbs/11_experiment.ipynb #f7abcea1
+# %% ../nbs/11_experiment.ipynb #c82d5716
 def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int):
     "The `LM` of the process that started this one."
     import torch
@@ -326,7 +327,7 @@ def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int)
                          "after loading. With processes=1 the one in memory is used")
     return lm
 
-# %% ../nbs/11_experiment.ipynb #fe9aef86
+# %% ../nbs/11_experiment.ipynb #33a93b8a
 @dataclass(frozen=True)
 class Worker:
     process: subprocess.Popen
@@ -341,7 +342,7 @@ def start_workers(
     "Workers that know `lm`; they are killed at the end, whatever they do."
     code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.experiment import work; work()"
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    load = partial(_load_again, lm.model.name_or_path, lm.dtype, lm.name, lm.fingerprint, threads)
+    load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint, threads=threads)
     team = []
     try:
         for _ in range(count):
@@ -357,22 +358,28 @@ def start_workers(
             worker.process.wait()
             worker.connection.close()
 
-def _send(worker: Worker, call: Callable) -> None:
-    with suppress(BrokenPipeError, ConnectionResetError): worker.connection.send(call)   # it is dead: `wait` will tell
+def _send(worker: Worker, message) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError): worker.connection.send(message)   # if it died, `wait` tells
 
-# %% ../nbs/11_experiment.ipynb #490c37f6
+# %% ../nbs/11_experiment.ipynb #fdf88fc0
+@dataclass(frozen=True)
+class Call:
+    name: str            # for people
+    function: Callable   # of this module, to be called with (lm, report, **arguments)
+    arguments: dict
+
 def run_calls(
     team: list[Worker],
-    calls: list[tuple[str, Callable]],          # name, function of `lm` and `report`
+    calls: list[Call],
     report: Callable[[int, list[dict]], None],   # gets the number of the call and what it reports
 ) -> Iterator[tuple[int, Any]]:
     "Number and value of each call, as they finish. Raises RuntimeError for a call that fails, and for a dead worker."
     waiting, running = iter(enumerate(calls)), {}
 
     def next_call(worker):
-        for number, (_, call) in waiting:
+        for number, call in waiting:
             running[worker.connection] = worker, number
-            return _send(worker, call)
+            return _send(worker, (call.function.__name__, call.arguments))
 
     for worker in team: next_call(worker)
     while running:
@@ -380,9 +387,9 @@ def run_calls(
             worker, number = running[connection]
             try: kind, value = connection.recv()
             except (EOFError, OSError):
-                raise RuntimeError(_obituary(calls[number][0], worker.process.wait(), len(team))) from None
+                raise RuntimeError(_obituary(calls[number].name, worker.process.wait(), len(team))) from None
             if kind == "step": report(number, value)
-            elif kind == "failed": raise _failure(calls[number][0], *value)
+            elif kind == "failed": raise _failure(calls[number].name, *value)
             else:
                 del running[connection]
                 next_call(worker)
@@ -398,7 +405,7 @@ def _obituary(name: str, status: int, processes: int) -> str:
     return (f"{name}: its process {how}. A machine that is out of memory kills processes; if that was it, use fewer "
             f"than {processes} (the argument `processes`). Finished runs are kept")
 
-# %% ../nbs/11_experiment.ipynb #459c2db2
+# %% ../nbs/11_experiment.ipynb #e17ee271
 def time_steps(
     lm,
     report,              # not used
@@ -415,7 +422,7 @@ def time_steps(
         lm.logits(hidden).logsumexp(-1).sum().backward()
     return steps / (time.perf_counter() - start)
 
-# %% ../nbs/11_experiment.ipynb #213e2894
+# %% ../nbs/11_experiment.ipynb #68e4d08b
 _cgroup = Path("/sys/fs/cgroup")   # the limits of a container, on Linux
 
 def available_cpus() -> int:
@@ -434,7 +441,7 @@ def available_memory() -> int:
         return min(free, int((_cgroup / "memory.max").read_text()) - used)
     except (OSError, ValueError): return free
 
-# %% ../nbs/11_experiment.ipynb #4c5f8330
+# %% ../nbs/11_experiment.ipynb #f0088cab
 WORKING_MEMORY = 1.7e9   # bytes, besides the weights
 
 def processes_in_memory(lm) -> int:
@@ -443,7 +450,7 @@ def processes_in_memory(lm) -> int:
     fit = int(available_memory() // (weights + WORKING_MEMORY))
     return 1 << max(0, fit.bit_length() - 1)
 
-# %% ../nbs/11_experiment.ipynb #e46c4148
+# %% ../nbs/11_experiment.ipynb #458a7d7b
 @dataclass(frozen=True)
 class Layout:
     processes: int
@@ -459,15 +466,15 @@ def measure_layouts(lm, layouts: list[tuple[int, int]]) -> list[Layout]:
     "The speed of each, with all its processes at work at the same time."
     measured = []
     with start_workers(max(processes for processes, _ in layouts), 1, lm) as team:
-        def speeds(processes, **options):
-            calls = [("measuring the speed", partial(time_steps, **options))] * processes
+        def speeds(processes, **arguments):
+            calls = [Call("measuring the speed", time_steps, arguments)] * processes
             return [speed for _, speed in run_calls(team[:processes], calls, lambda *_: None)]
         speeds(len(team), threads=1, steps=1)   # until all have loaded the model
         for processes, threads in layouts:
             measured.append(Layout(processes, threads, sum(speeds(processes, threads=threads))))
     return measured
 
-# %% ../nbs/11_experiment.ipynb #d1c2dd79
+# %% ../nbs/11_experiment.ipynb #cd441945
 def fastest_layout(
     lm,
     jobs: int,    # how many runs of equal length there are
@@ -489,7 +496,7 @@ def _layout_file(lm, layouts: list[tuple[int, int]], runs: Path) -> Path:
     key = {"lm": lm, "layouts": layouts, "torch": version("torch")}
     return Path(runs) / f"layouts-{content_hash(key)[:12]}.json"
 
-# %% ../nbs/11_experiment.ipynb #d3aabebe
+# %% ../nbs/11_experiment.ipynb #1d4e1bd4
 def _is_watched() -> bool:
     "Whether standard output goes to a terminal or to a person's notebook."
     if sys.stdout.isatty(): return True
@@ -530,11 +537,11 @@ class Display:
                        f"({self.kept + self.finished} of {of} done{rest})")
         sys.stdout.flush()
 
-# %% ../nbs/11_experiment.ipynb #fcdaae75
-def _label_into(lm, report, job: Job, entry: Path) -> None:
-    "Run a job and keep its result as `entry`."
+# %% ../nbs/11_experiment.ipynb #2e3e853a
+def _label_into(lm, report, feature, options: dict, entry: Path) -> None:
+    "Label a feature and keep the result as `entry`."
     from tokenlabel.optimize import label_feature
-    result = label_feature(job.feature, lm, progress=report, **job.options)
+    result = label_feature(feature, lm, progress=report, **options)
     if result.interrupted: raise KeyboardInterrupt
     write_entry(entry, result)
 
@@ -544,16 +551,17 @@ def _run_here(lm, calls, processes: int, threads: int, report) -> Iterator[tuple
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for number, (name, call) in enumerate(calls):
-            try: value = call(lm, partial(report, number))
-            except Exception as error: raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
+        for number, call in enumerate(calls):
+            try: value = call.function(lm, partial(report, number), **call.arguments)
+            except Exception as error:
+                raise RuntimeError(f"{call.name} failed: {type(error).__name__}: {error}") from error
             yield number, value
     finally: torch.set_num_threads(before)
 
 def _run_side_by_side(lm, calls, processes: int, threads: int, report) -> Iterator[tuple[int, Any]]:
     with start_workers(min(processes, len(calls)), threads, lm) as team: yield from run_calls(team, calls, report)
 
-# %% ../nbs/11_experiment.ipynb #7db21eb8
+# %% ../nbs/11_experiment.ipynb #e7884e5e
 def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | None) -> tuple[int, int, str]:
     "Processes, threads of each, and why so."
     import torch
@@ -566,7 +574,7 @@ def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | Non
     fastest = fastest_layout(lm, jobs, runs)
     return fastest.processes, fastest.threads, f"the fastest, by a measurement that is kept in {runs}"
 
-# %% ../nbs/11_experiment.ipynb #0b8d3acd
+# %% ../nbs/11_experiment.ipynb #11874316
 def label_all(
     jobs: list[Job],
     lm,                             # an `LM`
@@ -593,9 +601,11 @@ def label_all(
         processes = min(processes, len(todo))
         if progress: print(f"{len(todo)} of {len(jobs)} runs to do, at the same time: {processes}, threads of each: "
                            f"{threads} ({why})", flush=True)
-        calls = [(jobs[number].name, partial(_label_into, job=jobs[number], entry=entry)) for entry, number in todo]
-        display = Display([jobs[number].name for _, number in todo], [steps[number] for _, number in todo],
-                          len(jobs) - len(todo), progress)
+        calls = [Call(jobs[number].name, _label_into,
+                      dict(feature=jobs[number].feature, options=jobs[number].options, entry=entry))
+                 for entry, number in todo]
+        display = Display([call.name for call in calls], [steps[number] for _, number in todo], len(jobs) - len(todo),
+                          progress)
         run = _run_here if processes == 1 else _run_side_by_side
         with display.bar, closing(run(lm, calls, processes, threads, display.step)) as finished:
             for number, _ in finished:

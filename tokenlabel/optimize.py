@@ -397,6 +397,7 @@ def label_feature(
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
     settings["prompts"] = [prompt.text for prompt in judge.prompts]
+    settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
     search = Search(judge, weights=weights, restarts=restarts, steps=steps, lr=lr, temperature=temperature,
                     batch_size=batch_size, seed=seed)
     rows, interrupted = _run(search, progress)
