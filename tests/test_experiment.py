@@ -353,24 +353,24 @@ def test_runs_in_workers_are_those_of_one_process_and_are_kept(tiny, tmp_path, c
     assert same(cached_label(ANIMALS, tiny, runs=tmp_path, **jobs[1].options), results[1])
 
 
-def test_a_job_that_fails_is_named_and_stops_the_others(tiny, tmp_path):
-    bad, long = Job("the bad one", ANIMALS, FEW | {"lr": -1}), some_jobs(1, steps=100_000)
-    with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive") as error:
-        label_all([bad, *long], tiny, runs=tmp_path, processes=2, threads=1, progress=False)
-    assert "_check_settings" in error.value.__notes__[0], "the traceback of the worker"
-    assert children(os.getpid()) == []
+def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path):
+    def call(name, **options):
+        return Call(name, _label_into, dict(feature=ANIMALS, options=FEW | options, entry=tmp_path / "entry"))
+    with start_workers(2, 1, tiny) as team:
+        with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive") as error:
+            list(run_calls(team[:1], [call("the bad one", lr=-1)], forbid))
+        assert "_check_settings" in error.value.__notes__[0], "the traceback of the worker"
+        with pytest.raises(RuntimeError, match="^the long one: its process was killed by SIGKILL.*use fewer than 1"):
+            list(run_calls(team[1:], [call("the long one", steps=100_000)], lambda *_: team[1].process.kill()))
+    assert children(os.getpid()) == [] and not (tmp_path / "entry").exists()
+
+
+def test_a_job_that_fails_stops_the_others(tiny, tmp_path):
+    good, other = some_jobs(2)
+    bad = Job("the bad one", ANIMALS, FEW | {"lr": -1})
     with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive"):
-        label_all([bad], tiny, runs=tmp_path, processes=1, threads=1, progress=False)
-
-
-def test_a_worker_that_is_killed_is_reported_with_its_job(tiny, tmp_path):
-    [job] = some_jobs(1, steps=100_000)
-    calls = [Call(job.name, _label_into, dict(feature=job.feature, options=job.options, entry=tmp_path / "entry"))]
-    with start_workers(1, 1, tiny) as team:
-        kill = lambda number, rows: team[0].process.kill()
-        with pytest.raises(RuntimeError, match="^seed 0: its process was killed by SIGKILL.*use fewer than 1"):
-            list(run_calls(team, calls, kill))
-    assert children(os.getpid()) == []
+        label_all([good, bad, other], tiny, runs=tmp_path, processes=1, threads=1, progress=False)
+    assert len(entries(tmp_path)) == 1
 
 
 SCRIPT = """

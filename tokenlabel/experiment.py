@@ -9,7 +9,7 @@ __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_param
            'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
            'fastest_layout', 'Display', 'label_all']
 
-# %% ../nbs/11_experiment.ipynb #99df0701
+# %% ../nbs/11_experiment.ipynb #a52f7a11
 import ast
 import hashlib
 import json
@@ -42,7 +42,7 @@ import tokenlabel
 
 _package = Path(tokenlabel.__file__).resolve().parent
 
-# %% ../nbs/11_experiment.ipynb #47abde72
+# %% ../nbs/11_experiment.ipynb #b0dbf986
 def list_experiments() -> dict[str, Path]:
     "The experiment notebooks of the source checkout that this package runs from, by name."
     root = _package.parent
@@ -51,7 +51,7 @@ def list_experiments() -> dict[str, Path]:
                                 "and install from there with `pip install -e .`, or give the path of a notebook")
     return {path.stem: path for path in sorted((root / "nbs" / "experiments").glob("*.ipynb"))}
 
-# %% ../nbs/11_experiment.ipynb #73c04ca9
+# %% ../nbs/11_experiment.ipynb #a23c8d66
 def find_experiment(name_or_path: str | Path) -> Path:
     "The notebook of that name among `list_experiments()`, or at that path."
     path = Path(name_or_path)
@@ -68,7 +68,7 @@ def _nearest(name: str, names) -> str:
     close = get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/11_experiment.ipynb #ebeef5a0
+# %% ../nbs/11_experiment.ipynb #05a01ab0
 _types = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
 
 def _fits(value, annotation: str) -> bool:
@@ -90,7 +90,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         if not _fits(value, wanted):
             raise ValueError(f"parameter {name!r} of {notebook.name} must be {wanted}, not {value!r}")
 
-# %% ../nbs/11_experiment.ipynb #da32db3b
+# %% ../nbs/11_experiment.ipynb #37e16eef
 class ExperimentError(RuntimeError):
     "A cell of an experiment notebook failed. The message has the cell, the error and where the notebook was kept."
 
@@ -101,7 +101,7 @@ def _cell_error(error) -> str:
     traceback = re.sub("\x1b\\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
     return "\n".join([f"in cell [{error.exec_count}]:", "", *(f"    {line}" for line in excerpt), "", *traceback[-12:]])
 
-# %% ../nbs/11_experiment.ipynb #d0539a6b
+# %% ../nbs/11_experiment.ipynb #08a5adb3
 def notebook_errors(
     nb,   # an executed notebook, as nbformat reads it
 ) -> list[str]:
@@ -118,7 +118,7 @@ def notebook_errors(
             found.append(f"{place}: {text.strip().splitlines()[-1]}")
     return found
 
-# %% ../nbs/11_experiment.ipynb #d2f907b1
+# %% ../nbs/11_experiment.ipynb #ab883f2f
 def _publish(staging: Path, figures: Path) -> list[Path]:
     "Put the files of `staging` into `figures`, over files of the same names; returns where they are."
     sources = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -133,7 +133,7 @@ def _publish(staging: Path, figures: Path) -> list[Path]:
         for new in hidden: new.unlink(missing_ok=True)   # there are some if the disk was full
     return targets
 
-# %% ../nbs/11_experiment.ipynb #52a21213
+# %% ../nbs/11_experiment.ipynb #dda59a75
 def _kernel_manager() -> type:
     "A kernel manager class that starts `python3` with the running interpreter."
     from jupyter_client.kernelspec import KernelSpecManager
@@ -146,7 +146,7 @@ def _kernel_manager() -> type:
 
     return ThisPython
 
-# %% ../nbs/11_experiment.ipynb #38088d63
+# %% ../nbs/11_experiment.ipynb #2d6b20a6
 def run_experiment(
     name_or_path: str | Path,        # one of `list_experiments()`, or a notebook
     parameters: dict[str, Any],      # values for the cell tagged `parameters`, all but `figures` and `runs`
@@ -197,7 +197,7 @@ def run_experiment(
                               f"The figures in {figures} are as they were.")
     return kept
 
-# %% ../nbs/11_experiment.ipynb #32a9cbfc
+# %% ../nbs/11_experiment.ipynb #306f5ee7
 def _as_json(value):
     "What `json.dumps` shall write for a value it does not know."
     if hasattr(value, "fingerprint"):
@@ -211,7 +211,7 @@ def content_hash(key: dict) -> str:
     canonical = json.dumps(key, default=_as_json, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
-# %% ../nbs/11_experiment.ipynb #dbed3ac0
+# %% ../nbs/11_experiment.ipynb #88a38aad
 _not_numeric = {"__init__", "_modidx", "cli", "experiment", "plot", "widgets",
                 "synthetic"}   # what it makes is in the key, as data
 
@@ -224,7 +224,7 @@ def code_version() -> str:
 @lru_cache
 def _syntax(source: str) -> str: return ast.dump(ast.parse(source))
 
-# %% ../nbs/11_experiment.ipynb #cd82bb73
+# %% ../nbs/11_experiment.ipynb #e38bb725
 def cache_entry(
     key: dict,    # all that a result depends on, apart from the code
     runs: Path,
@@ -254,7 +254,7 @@ def write_entry(
             if not entry.exists(): raise   # else another process was quicker, and has written the same
     finally: shutil.rmtree(work)
 
-# %% ../nbs/11_experiment.ipynb #82949422
+# %% ../nbs/11_experiment.ipynb #51f41961
 def cached_result(
     compute: Callable[[], Any],        # gives an object with a method `save(folder)`
     key: dict,                         # all that the result depends on, apart from the code
@@ -270,7 +270,7 @@ def cached_result(
     write_entry(entry, result)
     return load(entry)
 
-# %% ../nbs/11_experiment.ipynb #caa8d061
+# %% ../nbs/11_experiment.ipynb #393ae402
 def cached_label(
     feature,                # a `Feature`
     lm,                     # an `LM`
@@ -286,7 +286,7 @@ def cached_label(
 
 def _label_key(feature, lm, options: dict) -> dict: return {"feature": feature, "lm": lm, "options": options}
 
-# %% ../nbs/11_experiment.ipynb #41a28540
+# %% ../nbs/11_experiment.ipynb #e53ffa88
 @dataclass(frozen=True)
 class Job:
     "A run for `label_all`."
@@ -294,7 +294,7 @@ class Job:
     feature: Any    # a `Feature`
     options: dict   # more arguments of `label_feature`: JSON values and `LossWeights`
 
-# %% ../nbs/11_experiment.ipynb #23d11ab2
+# %% ../nbs/11_experiment.ipynb #ced82471
 def work() -> None:
     "The life of a worker: load a model, do calls and tell how they go, and end when the socket is closed."
     connection, inbox = Connection(0), SimpleQueue()
@@ -315,7 +315,7 @@ def work() -> None:
         with suppress(BrokenPipeError):
             connection.send(("failed", (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
-# %% ../nbs/11_experiment.ipynb #c82d5716
+# %% ../nbs/11_experiment.ipynb #9f2a8164
 def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int):
     "The `LM` of the process that started this one."
     import torch
@@ -327,9 +327,10 @@ def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int)
                          "after loading. With processes=1 the one in memory is used")
     return lm
 
-# %% ../nbs/11_experiment.ipynb #33a93b8a
+# %% ../nbs/11_experiment.ipynb #7f39dc13
 @dataclass(frozen=True)
 class Worker:
+    "A process that does calls, and the socket to it."
     process: subprocess.Popen
     connection: Connection
 
@@ -342,7 +343,8 @@ def start_workers(
     "Workers that know `lm`; they are killed at the end, whatever they do."
     code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.experiment import work; work()"
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint, threads=threads)
+    load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint,
+                threads=threads)
     team = []
     try:
         for _ in range(count):
@@ -361,9 +363,10 @@ def start_workers(
 def _send(worker: Worker, message) -> None:
     with suppress(BrokenPipeError, ConnectionResetError): worker.connection.send(message)   # if it died, `wait` tells
 
-# %% ../nbs/11_experiment.ipynb #fdf88fc0
+# %% ../nbs/11_experiment.ipynb #898b429d
 @dataclass(frozen=True)
 class Call:
+    "Something for a worker to do."
     name: str            # for people
     function: Callable   # of this module, to be called with (lm, report, **arguments)
     arguments: dict
@@ -403,9 +406,9 @@ def _failure(name: str, message: str, trace: str) -> RuntimeError:
 def _obituary(name: str, status: int, processes: int) -> str:
     how = f"was killed by {Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return (f"{name}: its process {how}. A machine that is out of memory kills processes; if that was it, use fewer "
-            f"than {processes} (the argument `processes`). Finished runs are kept")
+            f"than {processes} (argument `processes`). Finished runs are kept")
 
-# %% ../nbs/11_experiment.ipynb #e17ee271
+# %% ../nbs/11_experiment.ipynb #916c8782
 def time_steps(
     lm,
     report,              # not used
@@ -422,7 +425,7 @@ def time_steps(
         lm.logits(hidden).logsumexp(-1).sum().backward()
     return steps / (time.perf_counter() - start)
 
-# %% ../nbs/11_experiment.ipynb #68e4d08b
+# %% ../nbs/11_experiment.ipynb #69e95de3
 _cgroup = Path("/sys/fs/cgroup")   # the limits of a container, on Linux
 
 def available_cpus() -> int:
@@ -441,7 +444,7 @@ def available_memory() -> int:
         return min(free, int((_cgroup / "memory.max").read_text()) - used)
     except (OSError, ValueError): return free
 
-# %% ../nbs/11_experiment.ipynb #f0088cab
+# %% ../nbs/11_experiment.ipynb #5a43b1b3
 WORKING_MEMORY = 1.7e9   # bytes, besides the weights
 
 def processes_in_memory(lm) -> int:
@@ -450,9 +453,10 @@ def processes_in_memory(lm) -> int:
     fit = int(available_memory() // (weights + WORKING_MEMORY))
     return 1 << max(0, fit.bit_length() - 1)
 
-# %% ../nbs/11_experiment.ipynb #458a7d7b
+# %% ../nbs/11_experiment.ipynb #dc0631f4
 @dataclass(frozen=True)
 class Layout:
+    "A way to share the processors among runs, and how fast it is."
     processes: int
     threads: int   # of each process
     speed: float   # steps per second of all processes together
@@ -474,7 +478,7 @@ def measure_layouts(lm, layouts: list[tuple[int, int]]) -> list[Layout]:
             measured.append(Layout(processes, threads, sum(speeds(processes, threads=threads))))
     return measured
 
-# %% ../nbs/11_experiment.ipynb #cd441945
+# %% ../nbs/11_experiment.ipynb #96139639
 def fastest_layout(
     lm,
     jobs: int,    # how many runs of equal length there are
@@ -496,7 +500,7 @@ def _layout_file(lm, layouts: list[tuple[int, int]], runs: Path) -> Path:
     key = {"lm": lm, "layouts": layouts, "torch": version("torch")}
     return Path(runs) / f"layouts-{content_hash(key)[:12]}.json"
 
-# %% ../nbs/11_experiment.ipynb #1d4e1bd4
+# %% ../nbs/11_experiment.ipynb #c04f645b
 def _is_watched() -> bool:
     "Whether standard output goes to a terminal or to a person's notebook."
     if sys.stdout.isatty(): return True
@@ -526,18 +530,18 @@ class Display:
     def finish(self, number: int, result) -> None:
         "Job `number` is done."
         self.bar.update(self.steps[number] - self.taken[number])   # restarts that have settled end a run early
-        self.taken[number] = self.steps[number]
         self.running.pop(number, None)
         self.finished += 1
         if not self.shown: return
-        spent, of = time.perf_counter() - self.start, self.kept + len(self.names)
-        left = spent * (sum(self.steps) / sum(self.taken) - 1)
+        # what comes after the last step takes its time as well, so a run that has only that to do is not yet done
+        done = self.finished + sum(.8 * self.taken[n] / self.steps[n] for n in self.running)
+        left = (time.perf_counter() - self.start) * (len(self.names) / done - 1)
         rest = f", about {_time(left)} left" if self.finished < len(self.names) else ""
         self.bar.write(f"{self.names[number]}: {result.label!r}, {_time(result.seconds)} "
-                       f"({self.kept + self.finished} of {of} done{rest})")
+                       f"({self.kept + self.finished} of {self.kept + len(self.names)} done{rest})")
         sys.stdout.flush()
 
-# %% ../nbs/11_experiment.ipynb #2e3e853a
+# %% ../nbs/11_experiment.ipynb #cd80bed2
 def _label_into(lm, report, feature, options: dict, entry: Path) -> None:
     "Label a feature and keep the result as `entry`."
     from tokenlabel.optimize import label_feature
@@ -561,7 +565,7 @@ def _run_here(lm, calls, processes: int, threads: int, report) -> Iterator[tuple
 def _run_side_by_side(lm, calls, processes: int, threads: int, report) -> Iterator[tuple[int, Any]]:
     with start_workers(min(processes, len(calls)), threads, lm) as team: yield from run_calls(team, calls, report)
 
-# %% ../nbs/11_experiment.ipynb #e7884e5e
+# %% ../nbs/11_experiment.ipynb #5e69dbb9
 def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | None) -> tuple[int, int, str]:
     "Processes, threads of each, and why so."
     import torch
@@ -574,7 +578,7 @@ def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | Non
     fastest = fastest_layout(lm, jobs, runs)
     return fastest.processes, fastest.threads, f"the fastest, by a measurement that is kept in {runs}"
 
-# %% ../nbs/11_experiment.ipynb #11874316
+# %% ../nbs/11_experiment.ipynb #506ea671
 def label_all(
     jobs: list[Job],
     lm,                             # an `LM`
