@@ -1,16 +1,25 @@
-"""The papermill driver and the cache of results."""
+"""The papermill driver, the cache of results, and runs side by side."""
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 
 from tokenlabel.cli import main
-from tokenlabel.experiment import (cached_label, cached_result, check_parameters, code_version, content_hash,
-                                   find_experiment, list_experiments, notebook_errors, run_experiment)
+from tokenlabel.experiment import (Call, Job, Layout, _label_into, _load_again, available_cpus, available_memory,
+                                   cached_label, cached_result, check_parameters, code_version, content_hash,
+                                   fastest_layout, find_experiment, label_all, list_experiments, notebook_errors,
+                                   possible_layouts, processes_in_memory, run_calls, run_experiment, start_workers)
+from tokenlabel.feature import Feature
+from tokenlabel.lm import load_lm
 
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
 PARAMETERS = '''
@@ -246,7 +255,6 @@ def test_the_code_version_ignores_comments_and_drawing(tmp_path, monkeypatch):
 
 
 def test_a_labeled_feature_is_kept_by_feature_model_and_options(tmp_path, monkeypatch):
-    from tokenlabel.feature import Feature
     calls = []
     def label_feature(feature, lm, *, progress, **options):
         calls.append(options)
@@ -275,3 +283,197 @@ def test_the_animals_experiment_runs_and_draws_its_figures(tmp_path):
     assert drawn == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png")} | {"animals.csv"}
     kept = list((tmp_path / "runs" / "cache").iterdir())
     assert len(kept) == 2, "one seed in two modes"
+
+
+# runs side by side: the tests start processes as seldom as they can, since each takes some seconds to import PyTorch
+
+ANIMALS = Feature.from_words("animals", ["cat", "dog", "horse"], ["house", "car", "book"])
+FEW = dict(restarts=2, steps=3, candidates=3)
+
+
+def some_jobs(number, **options):
+    return [Job(f"seed {seed}", ANIMALS, FEW | options | {"seed": seed}) for seed in range(number)]
+
+
+def same(a, b):
+    return (a.trace.equals(b.trace) and a.ranking.equals(b.ranking) and a.heldout.equals(b.heldout)
+            and (a.label, a.soft, a.settings) == (b.label, b.soft, b.settings))
+
+
+def children(pid):
+    "Process ids of the children of a process, dead ones that nobody waited for included."
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == pid]
+
+
+def _parent(stat):
+    try: return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError: return None   # it has ended meanwhile
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.05)
+
+
+def entries(runs): return [path for path in (runs / "cache").glob("[!.]*")]
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tiny_lm, tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("models") / "tiny", tiny_lm("llama")
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder): return load_lm(tiny_folder)
+
+
+def forbid(*_, **__): raise AssertionError("this should not have been called")
+
+
+def test_runs_in_workers_are_those_of_one_process_and_are_kept(tiny, tmp_path, capsys, monkeypatch):
+    jobs = some_jobs(3)
+    results = label_all(jobs, tiny, runs=tmp_path, processes=2, threads=1)
+    assert children(os.getpid()) == []
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("3 of 3 runs to do, at the same time: 2, threads of each: 1")
+    assert sorted(line.split(":")[0] for line in lines) == ["seed 0", "seed 1", "seed 2"]
+    assert [line.partition("(")[2][:11] for line in lines] == ["1 of 3 done", "2 of 3 done", "3 of 3 done"]
+    assert [result.settings["seed"] for result in results] == [0, 1, 2]
+    monkeypatch.setattr("tokenlabel.experiment.start_workers", forbid)
+    here = label_all(jobs, tiny, runs=tmp_path / "here", processes=1, threads=1)
+    assert all(map(same, results, here))
+    monkeypatch.setattr("tokenlabel.optimize._run", forbid)
+    again = label_all(jobs[::-1], tiny, runs=tmp_path)
+    assert all(map(same, results[::-1], again)) and again[0].seconds == results[2].seconds
+    assert same(cached_label(ANIMALS, tiny, runs=tmp_path, **jobs[1].options), results[1])
+
+
+def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path):
+    def call(name, **options):
+        return Call(name, _label_into, dict(feature=ANIMALS, options=FEW | options, entry=tmp_path / "entry"))
+    with start_workers(2, 1, tiny) as team:
+        with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive") as error:
+            list(run_calls(team[:1], [call("the bad one", lr=-1)], forbid))
+        assert "_check_settings" in error.value.__notes__[0], "the traceback of the worker"
+        with pytest.raises(RuntimeError, match="^the long one: its process was killed by SIGKILL.*use fewer than 1"):
+            list(run_calls(team[1:], [call("the long one", steps=100_000)], lambda *_: team[1].process.kill()))
+    assert children(os.getpid()) == [] and not (tmp_path / "entry").exists()
+
+
+def test_a_job_that_fails_stops_the_others(tiny, tmp_path):
+    good, other = some_jobs(2)
+    bad = Job("the bad one", ANIMALS, FEW | {"lr": -1})
+    with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive"):
+        label_all([good, bad, other], tiny, runs=tmp_path, processes=1, threads=1, progress=False)
+    assert len(entries(tmp_path)) == 1
+
+
+SCRIPT = """
+import sys
+from tokenlabel import Feature, load_lm
+from tokenlabel.experiment import Job, label_all
+feature = Feature.from_words("animals", ["cat", "dog", "horse"], ["house", "car", "book"])
+jobs = [Job(f"seed {seed}", feature, dict(restarts=2, steps=steps, candidates=3, seed=seed))
+        for seed, steps in enumerate([3, 200_000, 200_000])]
+label_all(jobs, load_lm(sys.argv[1]), runs=sys.argv[2], processes=2, threads=1)
+"""   # without `if __name__ == "__main__"`, which users forget
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_process_that_started_it(how, tiny, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = subprocess.Popen([sys.executable, tmp_path / "script.py", tiny_folder, tmp_path], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: entries(tmp_path))   # the first run is done, two are under way
+    workers = children(script.pid)
+    assert len(workers) == 2
+    script.send_signal(how)
+    start = time.monotonic()
+    out, err = script.communicate(timeout=20)
+    wait_until(lambda: not any(Path("/proc", str(pid)).exists() for pid in workers), 5)
+    assert time.monotonic() - start < 5
+    assert err.strip().splitlines()[-1:] == (["KeyboardInterrupt"] if how == signal.SIGINT else []), err
+    assert len(entries(tmp_path)) == 1
+    if how == signal.SIGINT: return
+    jobs = some_jobs(3)   # shorter ones: only the first is the same as that of the script
+    monkeypatch.setattr("tokenlabel.experiment.start_workers", forbid)
+    finished = label_all(jobs, tiny, runs=tmp_path, processes=1, threads=1, progress=False)
+    assert len(entries(tmp_path)) == 3
+    anew = label_all(jobs, tiny, runs=tmp_path / "new", processes=1, threads=1, progress=False)
+    assert all(map(same, finished, anew)) and finished[0].seconds != anew[0].seconds
+
+
+def test_an_interrupt_here_is_an_interrupt(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenlabel.optimize.has_collapsed",
+                        lambda rows, restarts: rows and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt): label_all(some_jobs(1), tiny, runs=tmp_path, processes=1, progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_model_made_in_memory_is_used_in_this_process(tiny_lm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tokenlabel.experiment.start_workers", forbid)
+    jobs, threads = some_jobs(2), torch.get_num_threads()
+    assert len(label_all(jobs, tiny_lm("llama"), runs=tmp_path, processes=2)) == 2
+    assert "at the same time: 1" in (said := capsys.readouterr().out) and "made in memory" in said
+    assert torch.get_num_threads() == threads
+
+
+def test_a_model_that_was_changed_in_memory_is_not_replaced_by_the_one_on_disk(tiny_folder):
+    with pytest.raises(ValueError, match="does not hold the language model that is in memory"):
+        _load_again(str(tiny_folder), torch.float32, "tiny", "another fingerprint", torch.get_num_threads())
+
+
+def test_what_cannot_work_is_refused_before_anything_runs(tiny, tmp_path):
+    for wrong, message in [({"step": 3}, "seed 0: .*'step'"), ({"progress": True}, "seed 0: .*'progress'")]:
+        with pytest.raises(ValueError, match=message): label_all(some_jobs(1, **wrong), tiny, runs=tmp_path)
+    for wrong in {"processes": 0}, {"threads": -1}:
+        with pytest.raises(ValueError, match="is less than 1"): label_all(some_jobs(1), tiny, runs=tmp_path, **wrong)
+    with pytest.raises(TypeError, match="cannot hash"): label_all(some_jobs(1, prompts={1}), tiny, runs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layouts_fill_the_processors_and_no_more():
+    assert possible_layouts(1, 4) == [(1, 1)]
+    for cpus, most in [(2, 1), (6, 8), (16, 4), (64, 64)]:
+        layouts = possible_layouts(cpus, most)
+        assert {(1, 1), (1, cpus), (min(cpus, most), 1)} <= set(layouts)
+        assert all(p * n <= cpus and p <= most for p, n in layouts)
+
+
+def test_the_fastest_layout_depends_on_the_number_of_runs_and_is_measured_once(tiny, tmp_path, monkeypatch):
+    measured = []
+    def measure(lm, layouts):
+        measured.append(layouts)
+        speed = {(1, 1): 1.0, (1, 2): 1.5, (2, 1): 1.8}
+        return [Layout(*layout, speed[layout]) for layout in layouts]
+    monkeypatch.setattr("tokenlabel.experiment.measure_layouts", measure)
+    monkeypatch.setattr("tokenlabel.experiment.available_cpus", lambda: 2)
+    monkeypatch.setattr("tokenlabel.experiment.processes_in_memory", lambda lm: 8)
+    found = [fastest_layout(tiny, jobs, tmp_path) for jobs in (1, 2, 3, 20)]
+    # three runs: one after the other 3 / 1.5 = 2 s, in pairs 4 / 1.8 = 2.2 s
+    assert [(at.processes, at.threads) for at in found] == [(1, 2), (2, 1), (1, 2), (2, 1)]
+    assert len(measured) == 1
+    monkeypatch.setattr("tokenlabel.experiment.processes_in_memory", lambda lm: 1)
+    assert fastest_layout(tiny, 20, tmp_path).processes == 1 and len(measured) == 2
+
+
+def test_the_limits_of_a_container_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenlabel.experiment._cgroup", tmp_path)
+    free, cpus = available_memory(), available_cpus()
+    for name, text in ("cpu.max", "max 100000"), ("memory.max", "max"), ("memory.stat", "anon 1000\nfile 9"):
+        (tmp_path / name).write_text(text + "\n")
+    assert available_cpus() == cpus and available_memory() == pytest.approx(free, rel=.5)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available_cpus() == 1 and available_memory() == 4000
+
+
+def test_at_least_one_process_fits_into_memory(tiny, monkeypatch):
+    for free, fit in (0, 1), (4e9, 2), (1e10, 4), (1e11, 32):
+        monkeypatch.setattr("tokenlabel.experiment.available_memory", lambda: free)
+        assert processes_in_memory(tiny) == fit

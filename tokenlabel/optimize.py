@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from itertools import zip_longest
@@ -380,7 +380,7 @@ def label_feature(
     candidates: int = 16,  # tokens met on the way that are ranked on all the data
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
-    progress: bool = True,  # show a progress bar
+    progress: bool | Callable[[list[dict]], None] = True,  # show a bar, or call this with the trace rows of each step
 ) -> LabelResult:
     """Find the token that says best where a feature fires, by gradient descent in token space.
 
@@ -397,6 +397,7 @@ def label_feature(
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
     settings["prompts"] = [prompt.text for prompt in judge.prompts]
+    settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
     search = Search(judge, weights=weights, restarts=restarts, steps=steps, lr=lr, temperature=temperature,
                     batch_size=batch_size, seed=seed)
     rows, interrupted = _run(search, progress)
@@ -419,10 +420,10 @@ def _check_settings(settings: dict) -> None:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
 # %% ../nbs/06_optimize.ipynb #7b7d53f7
-def _run(search: Search, progress: bool) -> tuple[list[dict], bool]:
+def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
-    with tqdm(total=search.steps, disable=not progress, unit="step") as bar:
+    with tqdm(total=search.steps, disable=callable(progress) or not progress, unit="step") as bar:
         try:
             while search.done < search.steps and not has_collapsed(rows, restarts):
                 rows += search.step()
@@ -431,6 +432,7 @@ def _run(search: Search, progress: bool) -> tuple[list[dict], bool]:
                                     f"accuracy {now['accuracy_loss']:.3f}, entropy {now['entropy']:.2f}, "
                                     f"KL {now['kl']:.1f}", refresh=False)
                 bar.update()
+                if callable(progress): progress(rows[-restarts:])
         except KeyboardInterrupt:
             if not rows: raise
             return rows, True
