@@ -95,8 +95,8 @@ def test_bfloat16_stays_near_the_naive_one_in_bfloat16(family):
     judge = direct(lm, tokenize(WORDS, lm), ASK_WORD)
     label = soft_labels(lm, 1, 2, 1)
     fast, slow = judge.logits(label, judge.batch()), torch.stack([naive_logits(lm, CASES["words"][1], x) for x in label])
-    assert fast.dtype == torch.float32 and slow.std() > 0.5
-    assert close(fast, slow, 0.05 * slow.abs().max())
+    assert fast.dtype == torch.float32 and slow.std() > 0.3
+    assert close(fast, slow, 0.03)  # two logits of size 2, with 8 bits each
 
 
 @given(family=st.sampled_from(FAMILIES), lengths=st.lists(st.integers(1, 30), min_size=2, max_size=9),
@@ -123,7 +123,7 @@ def test_equal_to_the_naive_one_whatever_the_lengths_memory_and_parts(family, le
 def test_hard_labels_are_the_prompts_with_the_tokens_in_them():
     lm = make_tiny_lm("opt")
     judge = direct(lm, tokenize(WORDS, lm), ASK_WORD)
-    labels = torch.tensor([lm.encode(" animals")[:2], lm.encode(" the cat")[:2]])
+    labels = torch.tensor([lm.encode(" the cat"), lm.encode(" dog car")[:2]])
     for row, label in zip(judge.hard_logits(labels, judge.batch()), labels.tolist()):
         for z, (before, after, yes, no) in zip(row, CASES["words"][1]):
             ids = [*lm.encode_start(before), *label, *lm.encode(after)]
@@ -285,7 +285,7 @@ def test_an_example_too_long_for_the_model_is_named(family):
     lm = make_tiny_lm(family)
     long = Feature.from_words("x", active=["cat"], inactive=["dog", "qz" * 150])
     with pytest.raises(ValueError, match="word 'qzqz.* takes"): direct(lm, tokenize(long, lm), ASK_WORD)
-    text = "a dog " * 60
+    text = "a dog " * 150
     long = Feature.from_texts("x", ["a cat", text], [[(2, 5, 1.0)], []])
     with pytest.raises(ValueError, match="token 'a' in text 'a dog .* takes"): direct(lm, tokenize(long, lm), ASK_TEXT)
 
