@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tokenlabel.objective import (LossWeights, balanced_bce, class_accuracy, class_weights, fit_bias, kl_divergence,
-                                  objective)
+from tokenlabel.objective import (LEAST, LossWeights, balanced_bce, calibrate, class_accuracy, class_weights, fit_bias,
+                                  kl_divergence, objective)
 from tokenlabel.softlabel import entropy, log_softlabel
 
 few = settings(max_examples=40, deadline=None)
@@ -161,6 +161,126 @@ def test_huge_logits_stay_finite(dtype, scale):
     ideal = scale * (2 * a - 1)  # separates the classes
     assert balanced_bce(ideal + fit_bias(ideal, a), a) < 1e-6
     assert balanced_bce(-ideal + fit_bias(-ideal, a), a) == pytest.approx(scale, rel=0.01)  # inverts them
+
+
+# --- the scale --------------------------------------------------------------------------------------------------------
+
+
+def slow_smooth_bce(z, a, active: float) -> float:
+    "Balanced cross-entropy with Platt's targets, one unit after the other."
+    n1, n0, loss = sum(a), sum(1 - x for x in a), 0.0
+    for zi, ai in zip(z, a):
+        for weight, target in ((active * ai / n1, (n1 + 1) / (n1 + 2)), ((1 - active) * (1 - ai) / n0, 1 / (n0 + 2))):
+            loss += weight * (target * np.logaddexp(0, -zi) + (1 - target) * np.logaddexp(0, zi))
+    return loss
+
+
+def slow_calibrate(z, a, active: float = 0.5) -> float:
+    "The least loss that a general optimizer finds for scale * z + bias, the scale being bounded as it has to be."
+    z, middle = z.numpy(), float(z.median())
+    found = []
+    for unit in (z.std(), np.abs(z - middle).mean()):
+        function = lambda x: slow_smooth_bce(x[0] * (z - middle) / unit + x[1], a.tolist(), active)
+        for start in (LEAST * unit / z.std(), 1.0, 5.0):
+            found.append(minimize(function, [start, 0.0], method="L-BFGS-B", options=dict(ftol=1e-15, gtol=1e-11),
+                                  bounds=[(LEAST * unit / z.std(), None), (None, None)]).fun)
+    return min(found)
+
+
+def fitted_loss(z, a, active: float = 0.5) -> torch.Tensor:
+    scale, bias = calibrate(z, a, active, scale=True)
+    return balanced_bce(scale[..., None] * z + bias[..., None], a, active, smooth=True)
+
+
+@given(units, st.floats(0.05, 0.95))
+@few
+def test_the_smooth_loss_equals_a_loop(rows, active):
+    z, a = problem(rows)
+    slow = slow_smooth_bce(z.tolist(), a.tolist(), active)
+    assert balanced_bce(z, a, active, smooth=True).item() == pytest.approx(slow, rel=1e-9)
+
+
+@given(units, st.floats(0.1, 0.9), st.sampled_from([1e-3, 1.0, 1e3]))
+@few
+def test_no_other_scale_and_bias_are_better(rows, active, size):
+    z, a = problem(rows)
+    z = size * z
+    assume(z.std() > 1e-3 * size)
+    assert fitted_loss(z, a, active).item() <= slow_calibrate(z, a, active) + 1e-7
+
+
+@pytest.mark.parametrize("outlier", [-1e6, -1e3, 1e3, 1e6])
+def test_one_outlier_is_no_obstacle(outlier):
+    a = (torch.arange(24) < 10).double()
+    for apart in (0, 2, 20):
+        z = normal(0, 24) + apart * a
+        z[3] = outlier
+        assert fitted_loss(z, a).item() <= slow_calibrate(z, a) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_size_of_the_margins_does_not_matter(dtype):
+    a = (torch.arange(30) < 12).to(dtype)
+    z = normal(1, 30, dtype=dtype) + 2 * a
+    losses = [fitted_loss(size * z + shift, a).item() for size in (1e-3, 1.0, 1e4) for shift in (0.0, -5 * size)]
+    assert losses == pytest.approx(6 * losses[:1], rel=1e-4)
+    assert losses[0] < 0.67
+
+
+def test_classes_that_are_apart_keep_the_scale_finite():
+    # two units in a class: targets 3/4 and 1/4, met at the logits of -log 3 and log 3
+    z, a = torch.tensor([1.0, 1.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    scale, bias = calibrate(z, a, scale=True)
+    assert (scale * z + bias).tolist() == pytest.approx([-math.log(3)] * 2 + [math.log(3)] * 2, abs=1e-4)
+
+
+def test_a_constant_z_has_no_scale_and_its_loss_is_log_2():
+    a = (torch.arange(20) < 10).float()
+    for value in (0.0, 1e-3, -17.3, 1e4):
+        z = torch.full((20,), value)
+        scale, bias = calibrate(z, a, scale=True)
+        assert scale == 0 and abs(bias) < 1e-6
+        assert fitted_loss(z, a).item() == pytest.approx(math.log(2))
+
+
+def test_a_label_that_ranks_the_wrong_way_has_a_gradient_towards_the_right_one():
+    a = (torch.arange(20) < 10).double()
+    z = (normal(2, 20) - 3 * a).requires_grad_()
+    loss = fitted_loss(z, a)
+    loss.backward()
+    assert loss > math.log(2) and (z.grad[a == 1] < 0).all() and (z.grad[a == 0] > 0).all()
+    assert calibrate(z, a, scale=True)[0].item() == pytest.approx(LEAST / z.std(correction=0).item())
+
+
+def test_without_a_scale_it_is_the_bias_alone():
+    z, a = 5 * normal(0, 3, 12), torch.rand(12, generator=generator(1)).double()
+    scale, bias = calibrate(z.requires_grad_(), a, 0.3)
+    assert (scale == 1).all() and torch.equal(bias, fit_bias(z, a, 0.3)) and not bias.requires_grad
+
+
+def test_rows_are_calibrated_independently_and_without_gradient():
+    a = (torch.arange(15) < 4).double()
+    z = (normal(0, 2, 3, 15) * 10 ** normal(3, 2, 3, 1) + a).requires_grad_()
+    scale, bias = calibrate(z, a, 0.4, scale=True)
+    assert scale.shape == bias.shape == (2, 3) and not scale.requires_grad and not bias.requires_grad
+    for i in range(2):
+        for j in range(3):
+            alone = calibrate(z[i, j], a, 0.4, scale=True)
+            assert torch.allclose(torch.stack(alone), torch.stack([scale[i, j], bias[i, j]]), rtol=1e-9)
+
+
+def test_the_gradient_equals_finite_differences_with_scale_and_bias_fitted_anew():
+    # the envelope theorem, which holds as long as the loss is the one that was minimized
+    to_logits, a = normal(6, V, 30), (torch.arange(30) < 12).double()
+    v = normal(8, 2, V).requires_grad_()
+
+    def total(v):
+        log_p = log_softlabel(v, 0.7, ADMISSIBLE)
+        z = 0.05 * (log_p.exp() @ to_logits + 2 * a)
+        return objective(z, a, log_p, prior(5), LossWeights(1.0, 0.2, 0.1, 0.3), scale=True)
+
+    assert (total(v).scale > 1).all()
+    assert torch.autograd.gradcheck(lambda v: total(v).total, (v,), eps=1e-5, atol=1e-6)
 
 
 # --- entropy and KL ---------------------------------------------------------------------------------------------------

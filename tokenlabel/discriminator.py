@@ -223,6 +223,7 @@ class Channel:
     prompts: tuple[Prompt, ...]
     baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
+    scaled = False  # its logits are nats already: they need a bias and no scale
 
     @property
     def item(self) -> Tensor:  # long [U]
