@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BATCH_SIZE', 'LOOK', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v', 'draw_items', 'Search',
-           'has_collapsed', 'score_labels', 'fit_and_shift', 'quick_look', 'shortlist', 'rank_labels', 'LabelResult',
+           'has_collapsed', 'score_labels', 'fit_logits', 'quick_look', 'shortlist', 'rank_labels', 'LabelResult',
            'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result',
            'load_result', 'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #210a3b03
+# %% ../nbs/06_optimize.ipynb #a01aa548
 import base64
 import io
 import json
@@ -27,15 +27,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .direct import Direct, DirectBatch, Question, direct
 from .discriminator import Batch, Channel, channel
 from .feature import ACTIVE, Feature, tokenize
 from .lm import LM
-from .objective import LossWeights, balanced_bce, class_accuracy, fit_bias, objective
+from .objective import LossWeights, balanced_bce, calibrate, class_accuracy, objective
 from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #95b90787
+# %% ../nbs/06_optimize.ipynb #614fc735
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +48,7 @@ def schedule(
     first, last = temperature
     return first * (last / first) ** done, entropy * done
 
-# %% ../nbs/06_optimize.ipynb #2905b0fd
+# %% ../nbs/06_optimize.ipynb #162f29ca
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +61,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #3a567bad
+# %% ../nbs/06_optimize.ipynb #1e66cda0
 BATCH_SIZE = {"words": 64, "texts": 6}
 
 
@@ -75,13 +76,13 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #98457b60
+# %% ../nbs/06_optimize.ipynb #25239a48
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
     def __init__(
         self,
-        discriminator: Channel,
+        discriminator: Channel | Direct,
         *,
         weights: LossWeights = LossWeights(),
         restarts: int = 4,
@@ -124,12 +125,12 @@ class Search:
         label.retain_grad()
         z = self.discriminator.logits(label[:, None], batch)[:, fit]
         losses = objective(z, activation, log_p, self.discriminator.log_prior,
-                           replace(self.weights, entropy=entropy_weight))
+                           replace(self.weights, entropy=entropy_weight), scale=self.discriminator.scaled)
         self.adam.zero_grad()
         losses.total.sum().backward()
         self.adam.step()
         self._note_praised(label.grad)
-        accuracy = class_accuracy(z.detach() + losses.bias[:, None], activation)
+        accuracy = class_accuracy(losses.scale[:, None] * z.detach() + losses.bias[:, None], activation)
         numbers = torch.stack([*losses[:4], *accuracy]).T.tolist()
         names = ("loss", "accuracy_loss", "entropy", "kl", "accuracy_active", "accuracy_inactive")
         rows = [dict(step=self.done, restart=r, temperature=temperature, entropy_weight=entropy_weight)
@@ -154,7 +155,7 @@ class Search:
         for restart, ids in enumerate(best.tolist()):
             for id in ids: self.met.setdefault(id, (self.done, restart))
 
-# %% ../nbs/06_optimize.ipynb #39051ec1
+# %% ../nbs/06_optimize.ipynb #9d49cdf2
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -167,37 +168,38 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #9abba20f
+# %% ../nbs/06_optimize.ipynb #9f2ef160
 @torch.no_grad()
 def score_labels(
-    discriminator: Channel,
+    discriminator: Channel | Direct,
     ids: Tensor,  # long [C], tokens
     weights: LossWeights,
-    batches: Sequence[Batch],  # what to score them on
+    batches: Sequence[Batch | DirectBatch],  # what to score them on
 ) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss [C], KL [C], logits with bias [C, units of the batches]
     "Losses of single tokens as labels, on the units of the batches that are not held out."
     z = torch.cat([discriminator.hard_logits(ids[:, None], batch) for batch in batches], 1)
-    accuracy, z = fit_and_shift(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
+    accuracy, z = fit_logits(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
     return accuracy, -discriminator.log_prior[ids], z
 
 
-def fit_and_shift(
+def fit_logits(
     z: Tensor,  # [C, U], logits without bias
-    discriminator: Channel,
+    discriminator: Channel | Direct,
     weights: LossWeights,
     unit: Tensor,  # long [U], which units these are
-) -> tuple[Tensor, Tensor]:  # accuracy loss [C], logits with bias [C, U]
-    "Fit the bias on the units that are not held out, and add it to all."
-    tokens = discriminator.tokens
+) -> tuple[Tensor, Tensor]:  # accuracy loss [C], logits with scale and bias [C, U]
+    "Fit scale and bias on the units that are not held out, and apply them to all."
+    tokens, scaled = discriminator.tokens, discriminator.scaled
     fit, activation = ~tokens.heldout[unit], tokens.activation[unit].to(z.device)
-    z = z + fit_bias(z[:, fit], activation[fit], weights.active)[:, None]
-    return balanced_bce(z[:, fit], activation[fit], weights.active), z
+    scale, bias = calibrate(z[:, fit], activation[fit], weights.active, scaled)
+    z = scale[:, None] * z + bias[:, None]
+    return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #dba1a478
+# %% ../nbs/06_optimize.ipynb #0e9fa2d9
 LOOK = 24  # positions behind the prompt that a first look may cost
 
 
-def quick_look(search: Search) -> Batch:
+def quick_look(search: Search) -> Batch | DirectBatch:
     "A cheap batch: the cheapest items to be fitted, in turns one that is active and one that is not."
     judge, chosen, cost = search.discriminator, [], 0
     groups = [sorted(group.tolist(), key=judge.cost) for group in (search.active, search.inactive)]
@@ -220,9 +222,9 @@ def shortlist(
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #01eb46d7
+# %% ../nbs/06_optimize.ipynb #d506bfac
 def rank_labels(
-    discriminator: Channel,
+    discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
     weights: LossWeights = LossWeights(),
 ) -> tuple[pd.DataFrame, Tensor]:  # C rows, best first; logits with bias [C, U] in the order of the rows
@@ -248,7 +250,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #5439addf
+# %% ../nbs/06_optimize.ipynb #c83affd8
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -280,7 +282,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #7a1b0eb5
+# %% ../nbs/06_optimize.ipynb #1b0dde79
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -310,10 +312,10 @@ def result_headline(result: LabelResult) -> str:
 def result_text(result: LabelResult) -> str:
     "A result as plain text."
     parts = [result_headline(result), ranking_head(result).to_string(float_format="{:.3f}".format)]
-    if not result.heldout.empty: parts += ["Held-out words, 95 % intervals:", heldout_wide(result).to_string()]
+    if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #8fd6bbf2
+# %% ../nbs/06_optimize.ipynb #58f23333
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -321,10 +323,10 @@ def result_html(result: LabelResult) -> str:
     image = f'<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
     parts = [f"<p>{escape(result_headline(result))}</p>", ranking_head(result).to_html(float_format="{:.3f}".format)]
     if not result.heldout.empty:
-        parts += ["<p>Held-out words, 95 % intervals:</p>", heldout_wide(result).to_html()]
+        parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #c56e8709
+# %% ../nbs/06_optimize.ipynb #22f7e917
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -342,7 +344,8 @@ def save_result(result: LabelResult, folder: Path) -> Path:
         for name in TABLES: getattr(result, name).to_parquet(new / f"{name}.parquet")
         result.feature.to_jsonl(new / "feature.jsonl")
         rest = {name: getattr(result, name) for name in ("label", "soft", "settings", "interrupted", "seconds")}
-        text = json.dumps(rest | {"feature": result.feature.name}, ensure_ascii=False, indent=1)
+        text = json.dumps(rest | {"feature": result.feature.name}, ensure_ascii=False, indent=1,
+                          default=lambda number: number.item())  # NumPy's, if a setting was one
         (new / "result.json").write_text(text, encoding="utf-8")
         old = Path(work) / "old"
         if folder.exists(): os.replace(folder, old)
@@ -361,17 +364,17 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #a4cd38b2
-DISCRIMINATORS = {"channel": channel}
+# %% ../nbs/06_optimize.ipynb #6da98a1e
+DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
 def label_feature(
     feature: Feature,
     lm: LM,
-    discriminator: str = "channel",  # how the LM judges a label: "channel"
+    discriminator: str = "channel",  # how the LM judges a label: "channel" or "direct"
     *,
     weights: LossWeights = LossWeights(),
-    prompts: Sequence[str] | None = None,  # with {label} in each; left out: those of the discriminator
+    prompts: Sequence[str] | Question | None = None,  # for "channel" with {label} in each; for "direct" a question
     restarts: int = 4,  # independent searches, run as one batch
     steps: int = 60,  # at most; fewer if all restarts have settled
     lr: float = 0.5,  # learning rate of Adam
@@ -397,6 +400,7 @@ def label_feature(
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
     settings["prompts"] = [prompt.text for prompt in judge.prompts]
+    settings["dtype"] = str(lm.dtype).removeprefix("torch.")
     settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
     search = Search(judge, weights=weights, restarts=restarts, steps=steps, lr=lr, temperature=temperature,
                     batch_size=batch_size, seed=seed)
@@ -419,7 +423,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #7b7d53f7
+# %% ../nbs/06_optimize.ipynb #ac0bb09c
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -438,24 +442,23 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #cfc3c121
+# %% ../nbs/06_optimize.ipynb #fa178ded
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
     judge, weights = search.discriminator, search.weights
     last = min(rows[-len(search.v):], key=lambda row: row["loss"])
     log_p = search.log_p(last["temperature"])[[last["restart"]]]
-    tokens = judge.tokens
+    fit = ~judge.tokens.heldout
     label = embed_softlabel(log_p, judge.lm)[:, None]
     z = torch.cat([judge.logits(label, batch) for batch in judge.batches()], 1)
-    _, z = fit_and_shift(z, judge, weights, torch.arange(len(tokens.activation)))
-    losses = objective(z[:, ~tokens.heldout], tokens.activation[~tokens.heldout].to(z.device), log_p, judge.log_prior,
-                       replace(weights, entropy=last["entropy_weight"]))
+    losses = objective(z[:, fit], judge.tokens.activation[fit].to(z.device), log_p, judge.log_prior,
+                       replace(weights, entropy=last["entropy_weight"]), scale=judge.scaled)
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
-        ("loss", "accuracy_loss", "entropy", "kl"), losses)}, z[0]
+        ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #873c500b
-def _score_heldout(judge: Channel, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
+# %% ../nbs/06_optimize.ipynb #4c7b5779
+def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
     hard, soft = (z.cpu()[tokens.heldout].numpy() for z in (z_hard, z_soft))
