@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #a07f0055
+# %% ../nbs/04_discriminator.ipynb #c4277d6a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #bf438878
+# %% ../nbs/04_discriminator.ipynb #9d777a68
 PROMPTS = {
     "words": ("Examples of {label}:", "There are many kinds of {label}:"),
     "texts": ("Sentences about {label}:",),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #26e1e478
+# %% ../nbs/04_discriminator.ipynb #f989664b
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #773dd1f1
+# %% ../nbs/04_discriminator.ipynb #d241fd7d
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #1f7c5143
+# %% ../nbs/04_discriminator.ipynb #55b6914a
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #02b22d3d
+# %% ../nbs/04_discriminator.ipynb #10263324
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #b8a2c8e0
+# %% ../nbs/04_discriminator.ipynb #db0896c8
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #d74a4649
+# %% ../nbs/04_discriminator.ipynb #e9c3b2ca
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -224,6 +224,11 @@ class Channel:
     baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
     scaled = False  # its logits are nats already: they need a bias and no scale
+
+    @property
+    def batch_size(self) -> int:
+        "Words or texts for a step of a search."
+        return {"words": 64, "texts": 6}[self.tokens.feature.mode]
 
     @property
     def item(self) -> Tensor:  # long [U]

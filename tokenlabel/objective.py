@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'LossWeights', 'class_weights', 'balanced_bce', 'cross_entropy', 'fit_bias', 'best_bias', 'best_scale',
            'calibrate', 'kl_divergence', 'Losses', 'objective', 'class_accuracy']
 
-# %% ../nbs/05_objective.ipynb #8c3dd159
+# %% ../nbs/05_objective.ipynb #fd2f6467
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from .feature import ACTIVE
 from .softlabel import entropy
 
-# %% ../nbs/05_objective.ipynb #fed314d0
+# %% ../nbs/05_objective.ipynb #0236ef0b
 @dataclass(frozen=True)
 class LossWeights:
     """How much each loss counts. Raises ValueError for a negative weight or an `active` outside (0, 1).
@@ -27,23 +27,25 @@ class LossWeights:
     accuracy: float = 1.0
     entropy: float = 0.2
     kl: float = 0.02
-    active: float = 0.5  # weight of the active class within the accuracy loss, the inactive class has the rest
+    active: float | None = 0.5  # weight of the active class in the accuracy loss; None: each unit counts the same
 
     def __post_init__(self):
         for name in ("accuracy", "entropy", "kl"):
             if not getattr(self, name) >= 0: raise ValueError(f"weight {name}={getattr(self, name)} is negative")
-        if not 0 < self.active < 1: raise ValueError(f"active={self.active} is not between 0 and 1")
+        if self.active is not None and not 0 < self.active < 1:
+            raise ValueError(f"active={self.active} is not between 0 and 1")
 
-# %% ../nbs/05_objective.ipynb #86d2dca4
+# %% ../nbs/05_objective.ipynb #0bd79955
 def class_weights(
     activation: Tensor,  # [U], in [0, 1]
-    active: float = 0.5,  # share of the active class
+    active: float | None = 0.5,  # share of the active class; None: as many as there are
     smooth: bool = False,  # with Platt's targets (see "A scale" below)
 ) -> tuple[Tensor, Tensor]:  # [U] each: weights as an active and as an inactive unit; together they sum to 1
     "How much each unit counts, in either class; raises ValueError if a class is empty."
     n1, n0 = activation.sum(), (1 - activation).sum()
-    if n1 == 0 or n0 == 0: raise ValueError("the loss needs both classes, and all units are of one")
-    on, off = active * activation / n1, (1 - active) * (1 - activation) / n0
+    if active is None: on, off = activation / len(activation), (1 - activation) / len(activation)
+    elif n1 == 0 or n0 == 0: raise ValueError("the loss needs both classes, and all units are of one")
+    else: on, off = active * activation / n1, (1 - active) * (1 - activation) / n0
     if not smooth: return on, off
     t1, t0 = (n1 + 1) / (n1 + 2), 1 / (n0 + 2)
     return t1 * on + t0 * off, (1 - t1) * on + (1 - t0) * off
@@ -52,7 +54,7 @@ def class_weights(
 def balanced_bce(
     z: Tensor,  # [..., U], logits
     activation: Tensor,  # [U], in [0, 1]
-    active: float = 0.5,  # share of the active class
+    active: float | None = 0.5,  # share of the active class; None: as many as there are
     smooth: bool = False,  # aim at a little less than certainty (see "A scale" below)
 ) -> Tensor:  # [...], in nats
     "Binary cross-entropy in which each class has a fixed share, however many units it has."
@@ -67,11 +69,11 @@ def cross_entropy(
     "Binary cross-entropy with given weights."
     return (on * softplus(-z) + off * softplus(z)).sum(-1)
 
-# %% ../nbs/05_objective.ipynb #edf13655
+# %% ../nbs/05_objective.ipynb #70b37869
 def fit_bias(
     z: Tensor,  # [..., U], logits
     activation: Tensor,  # [U], in [0, 1]
-    active: float = 0.5,  # share of the active class
+    active: float | None = 0.5,  # share of the active class; None: as many as there are
 ) -> Tensor:  # [...], without gradient
     "The bias that minimizes the balanced cross-entropy of `z + bias`."
     return best_bias(z.detach(), *class_weights(activation, active))
@@ -92,7 +94,7 @@ def best_bias(
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
     return (low + high) / 2
 
-# %% ../nbs/05_objective.ipynb #875b8e6c
+# %% ../nbs/05_objective.ipynb #bfcf5e65
 LEAST = 0.25  # lower bound of scale * spread of z
 
 
@@ -131,12 +133,12 @@ def _newton(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e6)
     return s, b
 
-# %% ../nbs/05_objective.ipynb #dd29d2d4
+# %% ../nbs/05_objective.ipynb #e991c19e
 @torch.no_grad()
 def calibrate(
     z: Tensor,  # [..., U], logits
     activation: Tensor,  # [U], in [0, 1]
-    active: float = 0.5,  # share of the active class
+    active: float | None = 0.5,  # share of the active class; None: as many as there are
     scale: bool = False,  # whether to fit a scale, too
 ) -> tuple[Tensor, Tensor]:  # scale and bias, [...] each, without gradient
     "Scale and bias that minimize `balanced_bce(scale * z + bias, activation, active, smooth=scale)`."
@@ -146,7 +148,7 @@ def calibrate(
     weights = class_weights(activation.double(), active, smooth=True)
     return tuple(x.to(z.dtype) for x in best_scale(z.double(), *weights))
 
-# %% ../nbs/05_objective.ipynb #4936da5d
+# %% ../nbs/05_objective.ipynb #036b21cf
 def kl_divergence(
     log_p: Tensor,  # [..., V], soft labels
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot, averaged over prompts
@@ -154,7 +156,7 @@ def kl_divergence(
     "KL divergence of the soft label from the LM's own expectation, averaged over the prompts."
     return (log_p.exp() * (log_p - log_prior)).sum(-1)
 
-# %% ../nbs/05_objective.ipynb #0d0b7e10
+# %% ../nbs/05_objective.ipynb #e61d4afa
 class Losses(NamedTuple):
     "The objective and its parts, each [R] for R restarts, in nats."
     total: Tensor
@@ -172,16 +174,18 @@ def objective(
     log_prior: Tensor,  # [V], the LM's own log-probabilities at the label slot
     weights: LossWeights,
     scale: bool = False,  # whether to fit a scale to the logits; the accuracy loss then has Platt's targets
+    calibrated: bool = True,  # False: the logits as they are, as in the paper, without bias or scale
 ) -> Losses:
     "The objective of Schulz & Fallows (2025, section 2), with a class-balanced accuracy loss of fitted logits."
-    factor, bias = calibrate(z, activation, weights.active, scale)
+    if calibrated: factor, bias = calibrate(z, activation, weights.active, scale)
+    else: factor, bias = torch.ones_like(z[..., 0]), torch.zeros_like(z[..., 0])
     fitted = factor[..., None] * z + bias[..., None]
-    accuracy = balanced_bce(fitted, activation, weights.active, smooth=scale)
+    accuracy = balanced_bce(fitted, activation, weights.active, smooth=scale and calibrated)
     h, kl = entropy(log_p), kl_divergence(log_p, log_prior)
     return Losses(weights.accuracy * accuracy + weights.entropy * h + weights.kl * kl, accuracy, h, kl, bias,
                   factor)
 
-# %% ../nbs/05_objective.ipynb #3f5dcb86
+# %% ../nbs/05_objective.ipynb #71532948
 def class_accuracy(
     z: Tensor,  # [..., U], logits with bias
     activation: Tensor,  # [U], in [0, 1]
