@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #c4277d6a
+# %% ../nbs/04_discriminator.ipynb #c9c26425
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #9d777a68
+# %% ../nbs/04_discriminator.ipynb #99fafafc
 PROMPTS = {
     "words": ("Examples of {label}:", "There are many kinds of {label}:"),
-    "texts": ("Sentences about {label}:",),
+    "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
 }
 
 
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #f989664b
+# %% ../nbs/04_discriminator.ipynb #76ae1664
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #d241fd7d
+# %% ../nbs/04_discriminator.ipynb #3a1de3a4
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #55b6914a
+# %% ../nbs/04_discriminator.ipynb #edea949f
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #10263324
+# %% ../nbs/04_discriminator.ipynb #e60874c8
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #db0896c8
+# %% ../nbs/04_discriminator.ipynb #82502724
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,14 +214,14 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #e9c3b2ca
+# %% ../nbs/04_discriminator.ipynb #066e995e
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
     lm: LM
     tokens: TokenizedFeature
     prompts: tuple[Prompt, ...]
-    baseline: Tensor  # [N], log-probability of each token without a label, mean over prompts
+    baseline: Tensor  # [P, N], log-probability of each token without a label, behind each prompt
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
     scaled = False  # its logits are nats already: they need a bias and no scale
 
@@ -253,9 +253,11 @@ class Channel:
         self,
         label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
         batch: Batch,
+        turn: int | None = None,  # None: the mean over all prompts; else the prompt whose turn it is
     ) -> Tensor:  # [B, U], without bias
         "How much more likely each label makes each unit, in nats."
-        return _gain(self, batch, [token_log_probs(self.lm, p, label, batch.packing) for p in self.prompts])
+        chosen = range(len(self.prompts)) if turn is None else [turn % len(self.prompts)]
+        return _gain(self, batch, {i: token_log_probs(self.lm, self.prompts[i], label, batch.packing) for i in chosen})
 
     @torch.no_grad()
     def hard_logits(
@@ -265,11 +267,11 @@ class Channel:
     ) -> Tensor:  # [B, U], without bias
         "`logits` of labels made of real tokens, without gradient; B may be large."
         label = self.lm.embed(labels)
-        return _gain(self, batch, [in_chunks(self.lm, p, label, batch.packing) for p in self.prompts])
+        return _gain(self, batch, {i: in_chunks(self.lm, p, label, batch.packing) for i, p in enumerate(self.prompts)})
 
 
-def _gain(channel: Channel, batch: Batch, given: list[Tensor]) -> Tensor:
-    gain = torch.stack(given).mean(0) - channel.baseline[batch.token]  # [B, N]
+def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:
+    gain = torch.stack([log_p - channel.baseline[i, batch.token] for i, log_p in given.items()]).mean(0)  # [B, N]
     return gain.new_zeros(len(gain), len(batch.unit)).index_add(1, batch.of_unit.to(gain.device), gain)
 
 
@@ -283,9 +285,9 @@ def channel(
         raise ValueError(f"prompts is {prompts!r}; give a list of one prompt or more")
     read = tuple(read_prompt(text, lm) for text in prompts or PROMPTS[tokens.feature.mode])
     check_length(lm, read, tokens)
-    baseline = torch.cat([torch.stack([
-        marginal_log_probs(lm, p, batch.packing, tokens.token_position[batch.token]) for p in read]).mean(0)
-        for batch in all_batches(tokens)])
+    baseline = torch.stack([torch.cat([
+        marginal_log_probs(lm, prompt, batch.packing, tokens.token_position[batch.token])
+        for batch in all_batches(tokens)]) for prompt in read])
     return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
 
 
