@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from tokenlabel.experiment import (Call, Job, Layout, _label_into, _load_again, 
                                    possible_layouts, processes_in_memory, run_calls, run_experiment, start_workers)
 from tokenlabel.feature import Feature
 from tokenlabel.lm import load_lm
+from tokenlabel.optimize import label_feature
 
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
 PARAMETERS = '''
@@ -477,3 +479,24 @@ def test_at_least_one_process_fits_into_memory(tiny, monkeypatch):
     for free, fit in (0, 1), (4e9, 2), (1e10, 4), (1e11, 32):
         monkeypatch.setattr("tokenlabel.experiment.available_memory", lambda: free)
         assert processes_in_memory(tiny) == fit
+
+
+def test_whoever_asks_gets_the_rows_of_each_step(tiny, capsys):
+    steps = []
+    result = label_feature(ANIMALS, tiny, **FEW, progress=steps.append)
+    assert [len(rows) for rows in steps] == [2, 2, 2] and capsys.readouterr() == ("", "")
+    assert pd.DataFrame([row for rows in steps for row in rows]).equals(result.trace)
+    assert result.settings["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_bar_is_shown_where_somebody_looks_and_a_line_for_each_run_everywhere(watched, tiny, tmp_path, monkeypatch,
+                                                                                capsys):
+    monkeypatch.setattr("tokenlabel.experiment._is_watched", lambda: watched)
+    label_all(some_jobs(2), tiny, runs=tmp_path, processes=1)
+    out, err = capsys.readouterr()
+    assert ("6/6" in out) == watched and "(2 of 2 done)" in out and err == ""
+    label_all(some_jobs(3), tiny, runs=tmp_path, processes=1)
+    assert "1 of 3 runs to do" in (out := capsys.readouterr().out) and "(3 of 3 done)" in out
+    label_all(some_jobs(4), tiny, runs=tmp_path, processes=1, progress=False)
+    assert capsys.readouterr() == ("", "")
