@@ -7,7 +7,7 @@ __all__ = ['SLOTS', 'QUESTIONS', 'PAPER_QUESTIONS', 'READ', 'LABELS', 'UNITS', '
            'examples', 'encode_examples', 'Past', 'gather', 'forward', 'read_on', 'nothing', 'Level', 'split_levels',
            'past_of', 'read_levels', 'mean_log_prior', 'DirectBatch', 'Direct', 'direct']
 
-# %% ../nbs/04b_direct.ipynb #c54a56cb
+# %% ../nbs/04b_direct.ipynb #de6daf89
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04b_direct.ipynb #80c29b4b
+# %% ../nbs/04b_direct.ipynb #8d0d4f6c
 @dataclass(frozen=True)
 class Question:
     "A yes-or-no question about a label; slots {word}, or {text} and {token}, and then {label}."
@@ -51,7 +51,7 @@ class Question:
         "The question as plain text, one turn a line."
         return "".join(content + "\n" for _, content in self.turns()) + self.answer
 
-# %% ../nbs/04b_direct.ipynb #f5480869
+# %% ../nbs/04b_direct.ipynb #13813cc2
 def render(
     question: Question,
     lm: LM,
@@ -69,7 +69,7 @@ def render(
         text = write([first | {"content": f"{system}\n\n{first['content']}"}, *rest])
     return text + question.answer, True
 
-# %% ../nbs/04b_direct.ipynb #bffd7ef9
+# %% ../nbs/04b_direct.ipynb #7a61588f
 SLOTS = {"words": ("word",), "texts": ("text", "token")}
 
 
@@ -90,7 +90,7 @@ def split_prompt(
 
 def _slots(names: Sequence[str]) -> str: return ", ".join(f"{{{name}}}" for name in names)
 
-# %% ../nbs/04b_direct.ipynb #2ce8e706
+# %% ../nbs/04b_direct.ipynb #88b27552
 def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of yes, no
     "First tokens of the two answers; raises ValueError if an answer is empty or both begin alike."
     ids = [lm.encode(answer) for answer in (question.yes, question.no)]
@@ -99,7 +99,7 @@ def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of y
         raise ValueError(f"the answers {shown} have to differ in their first token")
     return ids[0][0], ids[1][0]
 
-# %% ../nbs/04b_direct.ipynb #cd4c4d13
+# %% ../nbs/04b_direct.ipynb #6c22a2a8
 _YES_OR_NO = "Answer each question with Yes or No."
 
 QUESTIONS = {
@@ -131,7 +131,7 @@ PAPER_QUESTIONS = {
             ('Text: "The word amour is old."\nPart: "old"\nIs this part an example of French?', "no"))),
 }
 
-# %% ../nbs/04b_direct.ipynb #5350f80c
+# %% ../nbs/04b_direct.ipynb #bf424927
 def examples(
     tokens: TokenizedFeature,
     lm: LM,
@@ -157,7 +157,7 @@ def encode_examples(
     encode = (lambda text: lm.tokenizer(text, add_special_tokens=False).input_ids) if chat else lm.encode_start
     return [encode(re.sub(r"\{(word|text|token)\}", lambda slot: values[slot[1]], before)) for values in filled]
 
-# %% ../nbs/04b_direct.ipynb #b908b61b
+# %% ../nbs/04b_direct.ipynb #6ccd7604
 class Past(NamedTuple):
     "What a model keeps of R rows that it has read."
     layers: tuple[tuple[Tensor, Tensor], ...]  # of each layer: keys and values, [R, heads, W, d_head]
@@ -194,7 +194,7 @@ def forward(
                                  past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, cache
 
-# %% ../nbs/04b_direct.ipynb #48349745
+# %% ../nbs/04b_direct.ipynb #5eef8cf7
 @torch.no_grad()
 def read_on(
     lm: LM,
@@ -215,7 +215,7 @@ def nothing(lm: LM) -> Past:
     "The past of a row that has read nothing."
     return Past((), torch.zeros(1, 0, dtype=torch.bool, device=lm.device))
 
-# %% ../nbs/04b_direct.ipynb #d3ac9ba6
+# %% ../nbs/04b_direct.ipynb #912bf70c
 class Level(NamedTuple):
     "Parts of prompts: R rows, each of which continues a row of the level above."
     ids: list[list[int]]  # R
@@ -242,7 +242,7 @@ def split_levels(
             for u in units: start[u], row[u] = end, n
     return levels
 
-# %% ../nbs/04b_direct.ipynb #ef69b63a
+# %% ../nbs/04b_direct.ipynb #1bce639d
 def past_of(
     lm: LM,
     levels: Sequence[Level],
@@ -257,7 +257,7 @@ def past_of(
     own, _ = read_on(lm, before, [level.ids[row] for row in rows.tolist()])
     return gather((before, everything), (own, everything))
 
-# %% ../nbs/04b_direct.ipynb #233cdec0
+# %% ../nbs/04b_direct.ipynb #c54f0837
 READ = 4096  # positions, with those read before, of one forward pass without gradient
 
 
@@ -295,7 +295,7 @@ def _put(own: Past, store: Past, rows: Tensor) -> None:
     for new, old in zip(own.layers, store.layers):
         for a, b in zip(new, old): b[here, :, :W] = a
 
-# %% ../nbs/04b_direct.ipynb #513a9881
+# %% ../nbs/04b_direct.ipynb #b085f987
 @torch.no_grad()
 def mean_log_prior(
     lm: LM,
@@ -307,7 +307,7 @@ def mean_log_prior(
         total += lm.logits(part).double().masked_fill(~lm.admissible, EXCLUDED).log_softmax(-1).sum(0)
     return (total / len(hidden)).float()
 
-# %% ../nbs/04b_direct.ipynb #f41d9140
+# %% ../nbs/04b_direct.ipynb #856bb723
 LABELS = 1024  # labels embedded at once by `hard_logits`
 UNITS = 64  # examples in one of the `batches`
 
@@ -329,9 +329,6 @@ class Direct:
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over the units that are not held out
     positions: int  # of one forward pass with gradient
     scaled = True  # margins of small models are tiny: fit a scale to the logits
-
-    @property
-    def prompts(self) -> tuple[Question, ...]: return (self.question,)
 
     @property
     def batch_size(self) -> int:
@@ -393,7 +390,7 @@ def _ask(
     yes, no = _logits(hidden[:, -1].float(), Head(*rows), lm.logit_scale, lm.softcap).unbind(-1)
     return yes - no
 
-# %% ../nbs/04b_direct.ipynb #5fe34312
+# %% ../nbs/04b_direct.ipynb #0feea309
 def direct(
     lm: LM,
     tokens: TokenizedFeature,

@@ -8,7 +8,7 @@ __all__ = ['LOOK', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v',
            'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
            'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #f7499500
+# %% ../nbs/06_optimize.ipynb #2e1aa6cf
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #ba547b81
+# %% ../nbs/06_optimize.ipynb #9e1eecdf
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +47,7 @@ def schedule(
     done = step / max(steps - 1, 1)
     return temperature[0] * (temperature[1] / temperature[0]) ** done, ramp[0] + (ramp[1] - ramp[0]) * done
 
-# %% ../nbs/06_optimize.ipynb #0854f71d
+# %% ../nbs/06_optimize.ipynb #a7277cae
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #b2d88e41
+# %% ../nbs/06_optimize.ipynb #2b5db7ad
 def draw_items(
     active: Tensor,  # long, numbers of the items with something active to fit
     inactive: Tensor,  # long, numbers of the others
@@ -72,7 +72,7 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #f10f1b91
+# %% ../nbs/06_optimize.ipynb #fafc0089
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -159,7 +159,7 @@ class Search:
         for restart, ids in enumerate(best.tolist()):
             for id in ids: self.met.setdefault(id, (self.done, restart))
 
-# %% ../nbs/06_optimize.ipynb #e93d4777
+# %% ../nbs/06_optimize.ipynb #795ba235
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -172,7 +172,7 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #4c9dc48a
+# %% ../nbs/06_optimize.ipynb #7167ddb7
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
@@ -199,7 +199,7 @@ def fit_logits(
     z = scale[:, None] * z + bias[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #01cee793
+# %% ../nbs/06_optimize.ipynb #02729a2f
 LOOK = 24  # positions behind the prompt that a first look may cost
 
 
@@ -226,7 +226,7 @@ def shortlist(
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #bc2a92bb
+# %% ../nbs/06_optimize.ipynb #7950d5ae
 def rank_labels(
     discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
@@ -254,7 +254,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #7e10118d
+# %% ../nbs/06_optimize.ipynb #5078ff89
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -286,7 +286,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #b54528b8
+# %% ../nbs/06_optimize.ipynb #39799a16
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -319,7 +319,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #27bf3350
+# %% ../nbs/06_optimize.ipynb #05f05f35
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -330,7 +330,7 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #a2d688a5
+# %% ../nbs/06_optimize.ipynb #7c81c80b
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -368,7 +368,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #4ee56807
+# %% ../nbs/06_optimize.ipynb #ee068a61
 DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
@@ -409,7 +409,7 @@ def label_feature(
     start = time.perf_counter()
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
-    settings["prompts"] = [prompt.text for prompt in judge.prompts]
+    settings["prompts"] = asdict(judge.question) if discriminator == "direct" else [p.text for p in judge.prompts]
     settings["dtype"] = str(lm.dtype).removeprefix("torch.")
     settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
     search = Search(judge, weights=weights, restarts=restarts, steps=steps, lr=lr, temperature=temperature,
@@ -434,7 +434,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #72fad512
+# %% ../nbs/06_optimize.ipynb #368f9fd9
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -453,7 +453,7 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #50ba12d6
+# %% ../nbs/06_optimize.ipynb #8356a970
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -468,7 +468,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #a08bab5c
+# %% ../nbs/06_optimize.ipynb #9ba1d8af
 def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
