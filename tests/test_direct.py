@@ -94,7 +94,8 @@ def test_bfloat16_stays_near_the_naive_one_in_bfloat16(family):
     lm = load_lm(tiny_model(family).to(torch.bfloat16), tokenizer=make_tiny_lm(family).tokenizer)
     judge = direct(lm, tokenize(WORDS, lm), ASK_WORD)
     label = soft_labels(lm, 1, 2, 1)
-    fast, slow = judge.logits(label, judge.batch()), torch.stack([naive_logits(lm, CASES["words"][1], x) for x in label])
+    fast = judge.logits(label, judge.batch())
+    slow = torch.stack([naive_logits(lm, CASES["words"][1], one) for one in label])
     assert fast.dtype == torch.float32 and slow.std() > 0.3
     assert close(fast, slow, 0.03)  # two logits of size 2, with 8 bits each
 
@@ -149,14 +150,15 @@ def test_a_chat_is_written_by_the_template():
 
 def test_a_template_without_a_system_turn_gets_it_in_the_first_question():
     tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-                               "[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+                               "{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
     lm = load_lm(tiny_model("gpt2"), tokenizer=tokenizer)
     assert render(ASK_WORD, lm) == ('[user] Say Yes or No.\n\nIs "{word}" a {label}? \nA: ', True)
 
 
 def test_on_the_default_model_with_real_words(lm):
-    tokens = tokenize(Feature.from_words("animals", active=["dog", "hippopotamus"], inactive=["chair", "金鱼缸"]), lm)
+    words = Feature.from_words("animals", active=["dog", "hippopotamus"], inactive=["chair", "金鱼缸"])
+    tokens = tokenize(words, lm)
     question = Question('Q: Is "{word}" an example of {label}?', answer="A:", yes=" Yes", no=" No", chat=False)
     judge = direct(lm, tokens, question)
     label = torch.cat([lm.embed([lm.encode(" animal")]), soft_labels(lm, 0, 1, 1)]).requires_grad_()
@@ -300,6 +302,19 @@ def test_an_example_that_just_fits_is_fine():
     with torch.no_grad():
         slow = naive_logits(lm, [(long, "? \nA: ", "yes", "no")], label[0])
         assert close(judge.logits(label, judge.batch())[0, :1], slow)
+
+
+@torch.no_grad()
+def test_padding_behind_a_long_text_does_not_run_out_of_the_models_positions():
+    lm = make_tiny_lm("gpt2")
+    texts = ["a dog " * 95 + "x.", "z" * 60 + " is red."]
+    judge = direct(lm, tokenize(Feature.from_texts("x", texts, [[(0, 1, 1.0)], []]), lm), ASK_TEXT)
+    longest = [max(map(len, level.ids)) for level in judge.levels]
+    assert sum(longest) > 256
+    label = soft_labels(lm, 0, 1, 1)
+    before = CASES["texts"][1][0][0].split("In \"the cat")[0] + f'In "{texts[0]}", is "a" a'
+    slow = naive_logits(lm, [(before, "?\nRating: ", "1", "0")], label[0])
+    assert close(judge.logits(label, judge.batch([0]))[0], slow)
 
 
 def test_the_built_in_questions_are_sound(lm):
