@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/12_cli.ipynb #9d05aca9
+# %% ../nbs/12_cli.ipynb #163a3f82
 import argparse
 import ast
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenlabel
 
-# %% ../nbs/12_cli.ipynb #709fb652
+# %% ../nbs/12_cli.ipynb #de0f62e9
 def _label(options) -> int:
     from tokenlabel.feature import Feature
     out = options.out or Path("runs") / options.feature.stem
@@ -26,7 +26,7 @@ def _label(options) -> int:
     from tokenlabel.optimize import LossWeights, label_feature
     from tokenlabel.plot import save_figure
     result = label_feature(
-        feature, load_lm(options.lm), discriminator=options.discriminator,
+        feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator,
         weights=LossWeights(accuracy=options.accuracy, entropy=options.entropy, kl=options.kl),
         restarts=options.restarts, steps=options.steps, heldout=options.heldout, seed=options.seed)
     print(result)
@@ -35,7 +35,7 @@ def _label(options) -> int:
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 
-# %% ../nbs/12_cli.ipynb #5093489b
+# %% ../nbs/12_cli.ipynb #3b4c67ca
 def _value(text: str):
     "What a user means by `text` in NAME=VALUE: a Python literal if it is one, else the text."
     try: return ast.literal_eval(text)
@@ -51,6 +51,8 @@ def _reproduce(options) -> int:
         parameters[name] = _value(value)
     if options.seeds is not None: parameters["seeds"] = options.seeds
     if options.quick: parameters["quick"] = True
+    for name in ("preset", "discriminator"):
+        if getattr(options, name) is not None: parameters[name] = getattr(options, name)
     if options.lm is not None:   # the notebook runs in its own folder, where a relative path would lead elsewhere
         parameters["lm"] = str(Path(options.lm).resolve()) if Path(options.lm).exists() else options.lm
     notebooks = [find_experiment(experiment) for experiment in options.experiments or list_experiments()]
@@ -64,15 +66,17 @@ def _reproduce(options) -> int:
             return 1
         print(f"{notebook.stem}: {time.perf_counter() - start:.0f} s, executed notebook {executed}, "
               f"figures in {options.figures}")
+    from tokenlabel.paper import sum_up, verdict_line
+    for verdict in sum_up(options.figures): print(verdict_line(verdict))
     return 0
 
-# %% ../nbs/12_cli.ipynb #4669921d
+# %% ../nbs/12_cli.ipynb #c877b301
 def _fetch(options) -> int:
     from tokenlabel.lm import cache_dir, load_lm
     print(f"{load_lm().name} is in {cache_dir()}")
     return 0
 
-# %% ../nbs/12_cli.ipynb #d54c11cc
+# %% ../nbs/12_cli.ipynb #5dd47134
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenlabel", description="Label a neural network's feature by gradient descent in token space.",
@@ -112,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
                            help="names of experiments or paths of notebooks (default: all experiments)")
     reproduce.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the notebook's)")
     reproduce.add_argument("--quick", action="store_true", help="a small version, to see that everything works")
-    reproduce.add_argument("--lm", metavar="NAME_OR_PATH", help="language model (default: the notebook's)")
+    reproduce.add_argument("--preset", metavar="NAME", help="default, or paper: the paper's own configuration")
+    reproduce.add_argument("--lm", metavar="NAME_OR_PATH", help="language model (default: the preset's)")
+    reproduce.add_argument("--discriminator", metavar="NAME", help="channel or direct (default: the preset's)")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                            help="any other parameter of the notebooks; may be given several times")
     reproduce.add_argument("--figures", type=Path, default=Path("figures"), metavar="FOLDER",
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command(_fetch, "fetch", "fetch and convert the default language model, if that was not done before")
     return parser
 
-# %% ../nbs/12_cli.ipynb #5917da38
+# %% ../nbs/12_cli.ipynb #27ad9613
 def main(
     argv: list[str] | None = None,   # `sys.argv[1:]` if not given
 ) -> int:                            # exit status
