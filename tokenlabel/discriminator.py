@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #d8d105ae
+# %% ../nbs/04_discriminator.ipynb #293242f2
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #b9925dd9
+# %% ../nbs/04_discriminator.ipynb #bad54e65
 PROMPTS = {
     "words": ("Here are some {label}:", "A list of {label}:"),
     "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #56a45b8c
+# %% ../nbs/04_discriminator.ipynb #88501244
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #a11a8fe3
+# %% ../nbs/04_discriminator.ipynb #683300f3
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #5f81c49f
+# %% ../nbs/04_discriminator.ipynb #2f234f9c
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #5263f76e
+# %% ../nbs/04_discriminator.ipynb #ffa07629
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #50657d4b
+# %% ../nbs/04_discriminator.ipynb #eb321d35
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #8da2efa5
+# %% ../nbs/04_discriminator.ipynb #1d683c05
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -227,8 +227,10 @@ class Channel:
 
     @property
     def batch_size(self) -> int:
-        "Words or texts for a step of a search."
-        return {"words": 64, "texts": 6}[self.tokens.feature.mode]
+        "Words or texts for a step of a search: as many as make 72 positions, within bounds."
+        least, most = {"words": (16, 64), "texts": (4, 6)}[self.tokens.feature.mode]
+        mean = sum(map(len, self.tokens.sequences)) / len(self.tokens.sequences) - 1
+        return min(most, max(least, round(72 / max(mean, 1))))
 
     @property
     def item(self) -> Tensor:  # long [U]

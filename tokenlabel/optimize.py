@@ -8,7 +8,7 @@ __all__ = ['LOOK', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v',
            'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
            'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #2e1aa6cf
+# %% ../nbs/06_optimize.ipynb #a5272292
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #9e1eecdf
+# %% ../nbs/06_optimize.ipynb #eb4e8496
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +47,7 @@ def schedule(
     done = step / max(steps - 1, 1)
     return temperature[0] * (temperature[1] / temperature[0]) ** done, ramp[0] + (ramp[1] - ramp[0]) * done
 
-# %% ../nbs/06_optimize.ipynb #a7277cae
+# %% ../nbs/06_optimize.ipynb #ee66a14c
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #2b5db7ad
+# %% ../nbs/06_optimize.ipynb #2e93f372
 def draw_items(
     active: Tensor,  # long, numbers of the items with something active to fit
     inactive: Tensor,  # long, numbers of the others
@@ -72,7 +72,7 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #fafc0089
+# %% ../nbs/06_optimize.ipynb #51b90cc4
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -159,7 +159,7 @@ class Search:
         for restart, ids in enumerate(best.tolist()):
             for id in ids: self.met.setdefault(id, (self.done, restart))
 
-# %% ../nbs/06_optimize.ipynb #795ba235
+# %% ../nbs/06_optimize.ipynb #03bb7bcd
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -172,7 +172,7 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #7167ddb7
+# %% ../nbs/06_optimize.ipynb #b556d639
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
@@ -199,7 +199,7 @@ def fit_logits(
     z = scale[:, None] * z + bias[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #02729a2f
+# %% ../nbs/06_optimize.ipynb #445cd4ae
 LOOK = 24  # positions behind the prompt that a first look may cost
 
 
@@ -226,7 +226,7 @@ def shortlist(
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #7950d5ae
+# %% ../nbs/06_optimize.ipynb #e2442f68
 def rank_labels(
     discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
@@ -254,7 +254,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #5078ff89
+# %% ../nbs/06_optimize.ipynb #4de45814
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -286,7 +286,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #39799a16
+# %% ../nbs/06_optimize.ipynb #0d9a65e7
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -319,7 +319,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #05f05f35
+# %% ../nbs/06_optimize.ipynb #30fb04af
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -330,7 +330,7 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #7c81c80b
+# %% ../nbs/06_optimize.ipynb #a681b3b5
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -368,7 +368,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #ee068a61
+# %% ../nbs/06_optimize.ipynb #7d2a359b
 DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
@@ -387,7 +387,7 @@ def label_feature(
     init: tuple[float, float] = (0.3, 0.3),  # where v starts: share of the LM's log-prior, and standard deviation
     weight_decay: float = 0.0,  # of AdamW
     calibrated: bool = True,  # fit the bias of the logits, and the scale of direct ones; False: take them as they are
-    batch_size: int | None = None,  # words, texts or questions per step; left out: 64, 6 or 16
+    batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
     candidates: int = 16,  # tokens met on the way that are ranked on all the data
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
@@ -434,7 +434,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #368f9fd9
+# %% ../nbs/06_optimize.ipynb #a1d5188c
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -453,7 +453,7 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #8356a970
+# %% ../nbs/06_optimize.ipynb #bcb91231
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -468,7 +468,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #9ba1d8af
+# %% ../nbs/06_optimize.ipynb #79b32c6b
 def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
