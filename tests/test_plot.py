@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from tokenlabel import plot
@@ -64,6 +65,29 @@ def make_heldout():
 
 
 TRACE, RANKING, HELDOUT = make_trace(), make_ranking(), make_heldout()
+
+def make_verdict(**changes):
+    "A row of a summary, ten seeds."
+    row = dict(experiment="animals", form="running text", paper="converges to `animal`",
+               labels=["·animal"] * 8 + ["·animals"] * 2, matches=[True] * 8 + [False] * 2,
+               auroc=[.9, .91, .92, .93, .94, .94, .94, .95, .99, 1.0], share=.8, low=.49, high=.94,
+               evaluator_auroc=.97, evaluator_low=.93, evaluator_high=1.0, verdict="reproduced", reason="most seeds agree")
+    return row | changes
+
+
+VERDICTS = [
+    make_verdict(),
+    make_verdict(experiment="Chinese", labels=["·中文", "⟨E4 B8⟩", "·" + "W" * 60 + "ing", "ཀ", *["·中文"] * 6],
+                 form="isolated words", auroc=[1.0] * 10),
+    make_verdict(experiment="palindromes", paper="fails (goes to `a`): the evaluator cannot do it, as it cannot spell",
+                 labels=[f"·word{i}" for i in range(10)], matches=[False] * 10, share=0, low=0, high=.28,
+                 auroc=[.2, .25, .3, .35, .4, .5, .5, .6, .6, .7],
+                 evaluator_auroc=.52, evaluator_low=.4, evaluator_high=.6, verdict="deviates", reason="labels of `$x_1$` ≥ 10 kinds, each met once only"),
+    make_verdict(experiment="mammals_balanced", form="words", labels=["·a"], matches=[True], auroc=[.5], share=1.0, low=.2,
+                 high=1.0, verdict="partly", reason=""),
+    *[make_verdict(experiment=f"number {i}", labels=["·animal"] * 20, matches=[True] * 20, auroc=[1 - i / 20] * 20)
+      for i in range(2)]]
+
 PANELS = {"losses": lambda ax=None: plot.plot_losses(TRACE, ax=ax),
           "tokens": lambda ax=None: plot.plot_tokens(TRACE, ax=ax),
           "plane": lambda ax=None: plot.plot_plane(TRACE, RANKING, ax=ax),
@@ -71,7 +95,9 @@ PANELS = {"losses": lambda ax=None: plot.plot_losses(TRACE, ax=ax),
           "heldout": lambda ax=None: plot.plot_heldout(HELDOUT, ax=ax)}
 FIGURES = {**{name: (lambda draw=draw: draw().figure) for name, draw in PANELS.items()},
            "result": lambda: plot.plot_result(TRACE, RANKING, HELDOUT, title="a label for 动物"),
-           "four": lambda: plot.plot_result(TRACE, RANKING)}
+           "four": lambda: plot.plot_result(TRACE, RANKING),
+           "summary": lambda: plot.plot_summary(VERDICTS),
+           "one row": lambda: plot.plot_summary([make_verdict(labels=["·animal"], matches=[True], auroc=[.5])])}
 
 
 def texts(fig):
@@ -200,7 +226,16 @@ def test_plane_draws_every_candidate_and_every_path_from_start_to_end():
     paths = [line for line in ax.lines if len(line.get_xdata()) == 80]
     assert len(paths) == 4
     for line, (_, run) in zip(paths, TRACE.groupby("restart")):
-        assert line.get_xydata().tolist() == run[["kl", "accuracy_loss"]].to_numpy().tolist()
+        assert line.get_xdata().tolist() == run.kl.tolist()
+        loss, drawn = run.accuracy_loss.to_numpy(), line.get_ydata()
+        np.testing.assert_allclose(drawn[[0, 40, -1]], [loss[:3].mean(), loss[38:43].mean(), loss[-3:].mean()])
+
+
+def test_the_mean_of_five_steps_is_of_one_restart_and_in_the_order_of_steps():
+    trace = pd.DataFrame(dict(restart=[1, 0] * 3, step=[2, 0, 1, 1, 0, 2], x=[60., 0, 30, 3, 0, 6], kl=range(1, 7)))
+    got = plot._smoothed(trace, ["x"])
+    assert got.x.tolist() == [3, 3, 3, 30, 30, 30] and got.kl.tolist() == [2, 4, 6, 5, 3, 1]
+    assert trace.x.tolist() == [60, 0, 30, 3, 0, 6]
 
 
 def test_names_in_a_crowded_plane_do_not_overlap():
@@ -233,6 +268,73 @@ def test_token_lines_differ_without_color_and_lead_to_their_names_in_their_own_d
     assert half == 8 and len({(d, line.get_linewidth() > 2) for d, line in zip(dashes[:8], lines[:8])}) == 8
     own = {line.get_color(): d and tuple(np.round(d, 6)) for d, line in zip(dashes[:8], lines[:8])}
     assert own == {line.get_color(): d and tuple(np.round(d, 6)) for d, line in zip(dashes[8:], lines[8:])}
+
+
+# --- the summary
+
+def test_every_row_of_a_summary_is_shown_with_its_numbers():
+    fig = plot.plot_summary(VERDICTS)
+    words, (shares, scores) = [t.get_text() for t in texts(fig)], fig.axes
+    names = ["animals", "Chinese", "palindromes", "balanced", "number 0", "number 1"]
+    assert [words.count(name) for name in names] == [1] * len(VERDICTS) and "⟨⟩" not in words
+    assert [t.get_text() for t in shares.get_yticklabels()] == ["8/10"] * 2 + ["0/10", "1/1"] + ["20/20"] * 2
+    point, = [line for line in shares.lines if line.get_marker() == "s"]
+    assert point.get_xdata().tolist() == [row["share"] for row in VERDICTS]
+    ends = [[x for x, _ in path] for path in shares.collections[0].get_segments()]
+    np.testing.assert_allclose(ends, [(row["low"], row["high"]) for row in VERDICTS])
+    evaluator, = [line for line in scores.lines if line.get_marker() == "D"]
+    assert evaluator.get_xdata().tolist() == [row["evaluator_auroc"] for row in VERDICTS]
+    assert [line.get_xdata() for line in scores.lines if line.get_linestyle() == ":"] == [[.5, .5]]
+
+
+def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_the_evaluator():
+    fig = plot.plot_summary(VERDICTS)
+    fig.canvas.draw()
+    scores, edges = fig.axes[1], sorted({line.get_ydata()[0] for line in fig.artists if isinstance(line, Line2D)})
+    dots = [line for line in scores.lines if line.get_marker() == "o"]
+    assert [line.get_xdata().tolist() for line in dots] == [row["auroc"] for row in VERDICTS]
+    evaluator, = [line for line in scores.lines if line.get_marker() == "D"]
+    size = (dots[0].get_markersize() + 1e-6) * fig.dpi / 72
+    for line, lane, top, bottom in zip(dots, evaluator.get_ydata(), edges, edges[1:]):
+        y = np.array(line.get_ydata())
+        assert top + 1.5 < y.min() and y.max() + 1.5 + 1.75 < lane < bottom - 1.75
+        at = scores.transData.transform(line.get_xydata())
+        apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))[np.triu_indices(len(at), 1)]
+        assert (apart >= size).all()
+        assert (at[:, 0] + size / 2 <= scores.bbox.x1).all() and (at[:, 0] - size / 2 >= scores.bbox.x0).all()
+
+
+def test_a_verdict_is_a_word_and_a_symbol_of_its_own():
+    symbols, colors = zip(*plot.VERDICTS.values())
+    assert len(set(symbols)) == len(set(colors)) == 3
+    for verdict, (symbol, _) in plot.VERDICTS.items():
+        words = shown(plot.plot_summary([make_verdict(verdict=verdict)]))
+        assert words & {*plot.VERDICTS, *symbols} == {verdict, symbol}
+
+
+def test_labels_of_a_summary_are_counted_ticked_and_shortened():
+    words = shown(plot.plot_summary(VERDICTS[:1]))
+    assert {"·animal 8/10 ✓", "·animals 2/10"} <= words
+    labels = ["·b", "·a", " a", "·c", "·d", "·" + "W" * 60 + "ing"]
+    words = shown(plot.plot_summary([make_verdict(labels=labels, matches=[False] * 5 + [True], auroc=[.9] * 6)]))
+    long, = [w for w in words if w.startswith("·W")]
+    assert "…" in long and long.endswith("ng 1/6 ✓") and {"·a 2/6", "+ 3 others"} <= words
+
+
+def test_the_legend_of_a_summary_is_below_the_rows():
+    fig = plot.plot_summary(VERDICTS)
+    fig.canvas.draw()
+    box = fig.legends[0].get_window_extent()
+    assert 0 <= box.y0 and box.y1 <= min(ax.bbox.y0 for ax in fig.axes) and box.x1 < fig.axes[0].bbox.x0
+    assert {"one seed", "chance", "evaluator given the right label, 95 % interval", "share of seeds, 95 % interval"} \
+        == {t.get_text() for t in fig.legends[0].get_texts()}
+
+
+@pytest.mark.parametrize("x", [[.5] * 20, [0, .1, .2, 1, 1.1, 5], np.linspace(3, 0, 20)], ids=["tied", "few", "dense"])
+def test_a_swarm_keeps_its_dots_apart_and_close_to_the_line(x):
+    y = plot._swarm(np.array(x, dtype=float), 1)
+    assert all(np.hypot(x[i] - x[j], y[i] - y[j]) >= 1 - 1e-9 for i in range(len(x)) for j in range(i))
+    assert np.abs(y).max() <= len(x) / 2
 
 
 # --- style
@@ -307,6 +409,13 @@ def test_no_leftovers_when_writing_fails(tmp_path, monkeypatch):
     (lambda: plot.plot_plane(TRACE, RANKING, annotate=["·nowhere"]), "not in the ranking: ·nowhere"),
     (lambda: plot.plot_plane(TRACE, RANKING.drop(columns="token")), "the ranking has no column token"),
     (lambda: plot.plot_heldout(HELDOUT.assign(label="other")), "'other'"),
+    (lambda: plot.plot_summary([]), "no verdicts"),
+    (lambda: plot.plot_summary([make_verdict(), {"form": "words"}]), "row 1 of the verdicts has no experiment, paper"),
+    (lambda: plot.plot_summary([make_verdict(verdict="fine")]), "animals, running text.*'fine'; it is one of"),
+    (lambda: plot.plot_summary([make_verdict(auroc=[.9] * 9)]), "10 labels, 10 matches and 9 AUROCs"),
+    (lambda: plot.plot_summary([make_verdict(labels=[], matches=[], auroc=[])]), "0 labels"),
+    (lambda: plot.plot_summary([make_verdict(auroc=[.9] * 9 + [np.nan])]), "auroc .*nan.* from 0 to 1"),
+    (lambda: plot.plot_summary([make_verdict(low=.9)]), "share 0.8 outside its interval"),
 ])
 def test_bad_input_is_refused_with_the_reason(call, message):
     with pytest.raises(ValueError, match=message): call()

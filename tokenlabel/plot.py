@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'CJK_FONT', 'RC', 'BLACK', 'ORANGE', 'SKY', 'GREEN', 'BLUE', 'VERMILLION', 'PURPLE', 'GRAY',
-           'NAME_WIDTH', 'TOKEN_LINES', 'METRIC_NAMES', 'style', 'drawable', 'best_restart', 'plot_losses',
-           'plot_tokens', 'plot_plane', 'plot_accuracy', 'plot_heldout', 'plot_result', 'save_figure']
+           'NAME_WIDTH', 'TOKEN_LINES', 'METRIC_NAMES', 'VERDICTS', 'DIM', 'COLUMNS', 'LINE', 'DOT', 'LANE', 'HEAD',
+           'FOOT', 'style', 'drawable', 'best_restart', 'plot_losses', 'plot_tokens', 'plot_plane', 'plot_accuracy',
+           'plot_heldout', 'plot_result', 'plot_summary', 'save_figure']
 
-# %% ../nbs/09_plot.ipynb #2c9c84c3
+# %% ../nbs/09_plot.ipynb #98e54000
 import io
 import os
+import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
@@ -27,10 +30,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Affine2D, Bbox
 from sklearn.isotonic import isotonic_regression
 
-# %% ../nbs/09_plot.ipynb #8935dc76
+# %% ../nbs/09_plot.ipynb #360e1256
 WIDTH, HEIGHT = 3.4, 2.4            # inches, of a panel with its margins: one column of a two-column page
 CJK_FONT = files("paperang_p2_fonts_cjk") / "fonts" / "wqy-microhei.ttc"
 RC = {
@@ -53,7 +56,7 @@ def style() -> Iterator[None]:
     plt.draw_if_interactive()       # loads the backend: what Jupyter's sets when it is loaded must outlive the block
     with plt.style.context(["default", RC]): yield
 
-# %% ../nbs/09_plot.ipynb #3ba46c08
+# %% ../nbs/09_plot.ipynb #4d2d8811
 @lru_cache
 def _drawable() -> frozenset[int]:
     "The code points that the fonts of `style` have."
@@ -66,7 +69,7 @@ def drawable(token: str) -> str:
     shown = (c if c.isprintable() and ord(c) in _drawable() else f"⟨U+{ord(c):04X}⟩" for c in text)
     return "".join(shown) or "⟨⟩"
 
-# %% ../nbs/09_plot.ipynb #bf255cd1
+# %% ../nbs/09_plot.ipynb #1a418d75
 NAME_WIDTH = 58     # points: room for a name to the right of a panel
 
 def _points(ax: Axes, length: float) -> float:
@@ -105,7 +108,7 @@ def _name_ends(lines: dict[str, Line2D]):
                            va="center", fontsize=7, annotation_clip=False)
         _shorten(text, _points(ax, NAME_WIDTH))
 
-# %% ../nbs/09_plot.ipynb #59ba17dd
+# %% ../nbs/09_plot.ipynb #b1c87693
 def _axes(ax: Axes | None, right: float, left: float = 36) -> Axes:
     "`ax`, or that of a new figure one column wide with `left` and `right` points beside the panel."
     if ax is not None: return ax
@@ -137,6 +140,12 @@ def _draw_restarts(ax: Axes, trace: pd.DataFrame, column: str, **line) -> Line2D
         if restart == best: result = drawn
     return result
 
+def _smoothed(trace: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    "The trace by restart and step, each value of `columns` replaced by the mean of the five steps around it."
+    trace = trace.sort_values(["restart", "step"], ignore_index=True)
+    means = trace.groupby("restart")[columns].rolling(5, center=True, min_periods=1).mean()
+    return trace.assign(**{column: means[column].to_numpy() for column in columns})
+
 def _step_axis(ax: Axes, steps: pd.Series):
     first, last = steps.min(), steps.max()
     ax.set_xlim(first if last > first else first - 1, last)
@@ -164,7 +173,7 @@ def plot_losses(
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #7b2d4a97
+# %% ../nbs/09_plot.ipynb #c7615e0b
 TOKEN_LINES = [dict(color=color, linestyle=dashes, linewidth=width) for color, dashes, width in [
     (BLUE, "-", 2.2), (VERMILLION, "--", 1.2), (BLACK, ":", 1.2), (GREEN, "-.", 1.2), (ORANGE, "-", 1.2),
     (PURPLE, (0, (7, 2)), 1.2), (SKY, (0, (5, 1, 1, 1, 1, 1)), 1.2), (GRAY, (0, (2, 1)), 1.2)]]
@@ -200,7 +209,7 @@ def plot_tokens(
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #257409f8
+# %% ../nbs/09_plot.ipynb #6f091867
 def _legend_above(ax: Axes, order: Collection[str] = ()):
     "A legend of one row above the panel, off the data; names in `order` first."
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
@@ -257,19 +266,20 @@ def plot_plane(
     annotate: Collection[str] | None = None,    # tokens to name; None: the label, runners-up, the prior's favorites
     ax: Axes | None = None,                     # where to draw; None: a new figure
 ) -> Axes:
-    "Accuracy loss against KL: single tokens as points, each restart's soft label as a path."
+    "Accuracy loss against KL: single tokens as points, each restart's soft label as a path (mean of five steps)."
     _check(trace, "trace", ["step", "restart", "loss", "accuracy_loss", "kl"])
     _check(ranking, "ranking", ["token", "accuracy_loss", "kl"])
     named = _worth_naming(ranking) if annotate is None else list(annotate)
     if unknown := set(named) - set(ranking.token): raise ValueError(f"not in the ranking: {', '.join(sorted(unknown))}")
     ax, label, best = _axes(ax, right=8), ranking.iloc[0], best_restart(trace)
+    trace = _smoothed(trace, ["accuracy_loss"])
     points = ranking.drop_duplicates("token").set_index("token")[["kl", "accuracy_loss"]]
     ax.plot(ranking.kl, ranking.accuracy_loss, "o", color=GRAY, markersize=2.5, markeredgewidth=0, alpha=0.6,
             label="token")
     ax.plot(*points.loc[named].to_numpy().T, "o", color=BLACK, markersize=3, markeredgewidth=0, zorder=5)
-    for restart, run in trace.sort_values("step").groupby("restart"):
+    for restart, run in trace.groupby("restart"):
         bold = restart == best
-        look = dict(color=VERMILLION if bold else ORANGE, linewidth=1.4 if bold else 0.7, zorder=4 if bold else 3)
+        look = dict(color=VERMILLION if bold else ORANGE, linewidth=1.4 if bold else 0.6, zorder=4 if bold else 1)
         ax.plot(run.kl, run.accuracy_loss, **look, label="soft label" if bold else None)
         for end, marker, name in ((run.iloc[0], "o", "start"), (run.iloc[-1], "s", "end")):
             ax.plot(end.kl, end.accuracy_loss, marker, markersize=4.5 if bold else 3.5, markerfacecolor="white", **look,
@@ -287,25 +297,25 @@ def plot_plane(
                  ranking[["kl", "accuracy_loss"]].to_numpy(), trace[["kl", "accuracy_loss"]].to_numpy())
     return ax
 
-# %% ../nbs/09_plot.ipynb #1ef47ca1
+# %% ../nbs/09_plot.ipynb #2501856d
 @style()
 def plot_accuracy(
     trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_active, accuracy_inactive
     ax: Axes | None = None,     # where to draw; None: a new figure
 ) -> Axes:
-    "The share of active and of inactive units that the soft label decides correctly, over steps; a line for chance."
+    "Share of active and of inactive units that the soft label decides correctly (mean of five steps), and chance."
     _check(trace, "trace", ["step", "restart", "loss", "accuracy_active", "accuracy_inactive"])
-    ax = _axes(ax, right=NAME_WIDTH)
+    ax, trace = _axes(ax, right=NAME_WIDTH), _smoothed(trace, ["accuracy_active", "accuracy_inactive"])
     lines = {"active": _draw_restarts(ax, trace, "accuracy_active", color=ORANGE, linewidth=2.4),
              "inactive": _draw_restarts(ax, trace, "accuracy_inactive", color=BLUE, linestyle="--", linewidth=1.3)}
     _step_axis(ax, trace.step)
     ax.set_ylim(-0.02, 1.02)
     lines["chance"], = ax.plot(ax.get_xlim(), [0.5, 0.5], color=GRAY, linestyle=":", linewidth=1)
-    ax.set_ylabel("accuracy")
+    ax.set_ylabel("accuracy (mean of 5 steps)")
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #394696e6
+# %% ../nbs/09_plot.ipynb #32937b4a
 METRIC_NAMES = {"auroc": "AUROC", "balanced_accuracy": "balanced\naccuracy", "f1": "F1",
                 "accuracy_active": "accuracy\n(active)", "accuracy_inactive": "accuracy\n(inactive)"}
 
@@ -336,7 +346,7 @@ def plot_heldout(
     _legend_above(ax, ["discrete label", "soft label", "chance"])
     return ax
 
-# %% ../nbs/09_plot.ipynb #93299e85
+# %% ../nbs/09_plot.ipynb #261fa24a
 def plot_result(
     trace: pd.DataFrame,                    # as in plot_losses, plot_tokens, plot_plane and plot_accuracy
     ranking: pd.DataFrame,                  # as in plot_plane
@@ -346,27 +356,189 @@ def plot_result(
     "The figures of a search in one, two columns wide: losses, tokens, plane, accuracy and, if given, held-out scores."
     rows, head = 2 if heldout is None else 3, 0.1 if title is None else 0.35
     with style():
-        fig = Figure(figsize=(2 * WIDTH + 0.2, rows * (HEIGHT + 0.1) + head))
+        fig = Figure(figsize=(2 * WIDTH + 0.2, rows * (HEIGHT + 0.17) + head))
         width, height = fig.get_size_inches()
         letters = iter("abcde")
 
-        def panel(row: int, column: int, right: float, left: float = 36, columns: int = 1) -> Axes:
-            "Axes with the margins of a single panel, `left` and `right` points beside it, and a letter at the corner."
-            x, y = column * (WIDTH + 0.2), height - head - (row + 1) * (HEIGHT + 0.1) + 0.4
-            fig.text((x + 0.04) / width, (y + HEIGHT - 0.45) / height, next(letters), fontsize=9,
+        def panel(name: str, row: int, column: int, right: float, left: float = 36, columns: int = 1) -> Axes:
+            "Axes with the margins of a single panel, `left` and `right` points beside it, a letter and a name above."
+            x, y = column * (WIDTH + 0.2), height - head - (row + 1) * (HEIGHT + 0.17) + 0.4
+            fig.text((x + 0.04) / width, (y + HEIGHT - 0.38) / height, next(letters), fontsize=9,
                      fontweight="bold", fontfamily="DejaVu Sans")
+            fig.text((x + 0.19) / width, (y + HEIGHT - 0.38) / height, name)
             span = columns * WIDTH + (columns - 1) * 0.2 - (left + right) / 72
             return fig.add_axes(((x + left / 72) / width, y / height, span / width, (HEIGHT - 0.6) / height))
 
-        plot_losses(trace, panel(0, 0, NAME_WIDTH))
-        plot_tokens(trace, ax=panel(0, 1, NAME_WIDTH + 20))
-        plot_plane(trace, ranking, ax=panel(1, 0, 8, columns=1 if heldout is None else 2))
-        plot_accuracy(trace, panel(*((1, 1) if heldout is None else (2, 0)), NAME_WIDTH))
-        if heldout is not None: plot_heldout(heldout, panel(2, 1, 8, left=52))
+        bold = f" (bold: the best of {count} restarts)" if (count := trace.restart.nunique()) > 1 else ""
+        plot_losses(trace, panel("Losses" + bold, 0, 0, NAME_WIDTH))
+        plot_tokens(trace, ax=panel("Top tokens of the best restart", 0, 1, NAME_WIDTH + 20))
+        plot_plane(trace, ranking, ax=panel("Accuracy loss against KL", 1, 0, 8, columns=1 if heldout is None else 2))
+        place = (1, 1) if heldout is None else (2, 0)
+        plot_accuracy(trace, panel("Accuracy of each class", *place, NAME_WIDTH))
+        if heldout is not None: plot_heldout(heldout, panel("Held-out scores", 2, 1, 8, left=52))
         if title is not None: fig.text(0.1 / width, 1 - 0.22 / height, drawable(title), fontsize=9)
     return fig
 
-# %% ../nbs/09_plot.ipynb #119e3976
+# %% ../nbs/09_plot.ipynb #a88cfb31
+def _swarm(x: np.ndarray, gap: float) -> np.ndarray:
+    "Offsets [n] across the line for dots at `x` [n], so that all are `gap` apart; all in the same unit."
+    offsets = np.zeros(len(x))
+    order = np.argsort(x, kind="stable")
+    for i, dot in enumerate(order):
+        steps = np.arange(2 * len(x) + 1)
+        free = (at for at in (steps + 1) // 2 * gap / 2 * (-1.0) ** steps       # 0, then up and down by turns
+                if (np.hypot(x[dot] - x[order[:i]], at - offsets[order[:i]]) >= gap - 1e-9).all())
+        offsets[dot] = next(free)
+    return offsets
+
+# %% ../nbs/09_plot.ipynb #d963809f
+def _wrap(text: Text, words: str, width: float) -> list[str]:
+    "`words` in lines at most `width` pixels wide, measured with `text`; a word wider than that loses its middle."
+    lines = []
+    for word in words.split():
+        text.set_text(f"{lines[-1]} {word}" if lines else word)
+        if lines and text.get_window_extent().width <= width: lines[-1] = text.get_text()
+        else:
+            text.set_text(word)
+            _shorten(text, width)
+            lines.append(text.get_text())
+    return lines
+
+def _label_lines(text: Text, labels: Sequence[str], matches: Sequence[bool], width: float) -> list[str]:
+    "The labels with their counts, those that match ticked: at most three lines of `width` pixels."
+    matching = {drawable(label): match for label, match in zip(labels, matches)}
+    counts = Counter(map(drawable, labels))
+    order = sorted(counts, key=lambda label: (-counts[label], not matching[label]))
+    shown, lines = order if len(order) <= 3 else order[:2], []
+    for label in shown:
+        tail = f" {counts[label]}/{len(labels)}" + " ✓" * matching[label]
+        text.set_text(tail)
+        room = width - text.get_window_extent().width
+        text.set_text(label)
+        _shorten(text, room)
+        lines.append(text.get_text() + tail)
+    return lines + [f"+ {len(order) - len(shown)} others"] * (len(order) > len(shown))
+
+# %% ../nbs/09_plot.ipynb #a6c385cc
+VERDICTS = {"reproduced": ("✔", BLUE), "partly": ("◐", ORANGE), "deviates": ("✘", VERMILLION)}
+DIM = "#595959"                     # of lesser text; dark enough to read on white
+COLUMNS = {                         # left edge and width in points; the figure is 504 wide
+    "Experiment": (6, 62), "The paper": (72, 80), "Labels found\n(✓ as in the paper)": (158, 76),
+    "Seeds that agree\nwith the paper": (242, 74), "Held-out AUROC": (336, 74), "Verdict": (434, 66)}
+
+def _check_verdicts(verdicts: Sequence[dict]):
+    if not verdicts: raise ValueError("no verdicts: nothing to draw")
+    numbers = "auroc", "evaluator_auroc", "evaluator_low", "evaluator_high", "share", "low", "high"
+    for i, row in enumerate(verdicts):
+        needed = ("experiment", "form", "paper", "labels", "matches", "verdict", "reason", *numbers)
+        if missing := [key for key in needed if key not in row]:
+            raise ValueError(f"row {i} of the verdicts has no {', '.join(missing)}")
+        where = f"row {i} of the verdicts ({row['experiment']}, {row['form']})"
+        if row["verdict"] not in VERDICTS:
+            raise ValueError(f"{where} has verdict {row['verdict']!r}; it is one of {', '.join(VERDICTS)}")
+        if not 0 < len(row["labels"]) == len(row["matches"]) == len(row["auroc"]):
+            raise ValueError(f"{where} has {len(row['labels'])} labels, {len(row['matches'])} matches and "
+                             f"{len(row['auroc'])} AUROCs; it has one of each per seed")
+        for key in numbers:
+            if not all(0 <= value <= 1 for value in np.ravel(row[key])):
+                raise ValueError(f"{where} has {key} {row[key]}; it is from 0 to 1")
+        for low, middle, high in (("low", "share", "high"), ("evaluator_low", "evaluator_auroc", "evaluator_high")):
+            if not row[low] <= row[middle] <= row[high]:
+                raise ValueError(f"{where} has {middle} {row[middle]} outside its interval, {row[low]} to {row[high]}")
+
+# %% ../nbs/09_plot.ipynb #2a0120e2
+LINE, DOT, LANE = 10, 3.4, 9        # points: a line of text, a dot with its gap, the lane of the evaluator
+HEAD, FOOT = 28, 40                 # points: above the rows the names of the columns, below them axes and legend
+
+def _quoted(words: str) -> str: return re.sub("`([^`]*)`", r"“\1”", drawable(words)) if words else ""
+
+def _cells(fig: Figure, row: dict) -> dict[str, list[tuple[str, int, str]]]:
+    "The texts of a row for each column, in lines that fit: (text, size in points, color)."
+    small, large = (fig.text(0, 0, "", fontsize=size) for size in (7, 8))
+    name, paper, labels, *_, verdict = [width * fig.dpi / 72 for _, width in COLUMNS.values()]
+    lines = {"name": [(line, 8, BLACK) for line in _wrap(large, drawable(row["experiment"].replace("_", " ")), name)]
+                     + [(line, 7, DIM) for line in _wrap(small, drawable(row["form"]), name)],
+             "paper": [(line, 7, BLACK) for line in _wrap(small, _quoted(row["paper"]), paper)],
+             "labels": [(line, 7, BLACK) for line in _label_lines(small, row["labels"], row["matches"], labels)],
+             "verdict": [(row["verdict"], 8, BLACK)]
+                        + [(line, 7, DIM) for line in _wrap(small, _quoted(row["reason"]), verdict)]}
+    small.remove(), large.remove()
+    return lines
+
+def _panel(fig: Figure, column: str, edges: np.ndarray, xlim: tuple[float, float], indent: float = 0) -> Axes:
+    "Axes over all rows of a column, `indent` points from its left edge; vertically in points from the top of the page."
+    (left, width), page = COLUMNS[column], fig.get_size_inches() * 72
+    box = left + indent, page[1] - edges[-1], width - indent, edges[-1] - edges[0]
+    ax = fig.add_axes(np.divide(box, [*page, *page]), facecolor="none", yticks=[])
+    ax.set(xlim=xlim, ylim=(edges[-1], edges[0]))
+    ax.grid(axis="x", color="#E5E5E5", linewidth=0.5)
+    ax.set_axisbelow(True)
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+def _interval(table: pd.DataFrame, low: str, value: str, high: str, look: str) -> dict:
+    "The arguments of `errorbar` for a column and its interval."
+    return dict(x=table[value], xerr=[table[value] - table[low], table[high] - table[value]], fmt=look, markersize=3.5,
+                elinewidth=1, capsize=2)
+
+# %% ../nbs/09_plot.ipynb #2e97367a
+def plot_summary(
+    verdicts: Sequence[dict],   # a row each: experiment, form, paper (what it says), verdict (of VERDICTS), reason;
+                                # a value per seed: labels, matches (is it the paper's?), auroc (held out); and, with
+                                # 95 % intervals: share, low, high (of matches), evaluator_auroc, evaluator_low, …_high
+) -> Figure:                    # two columns wide, as high as the rows need
+    "What the paper says and what was found, over all experiments and seeds. ValueError where a row is incomplete."
+    _check_verdicts(verdicts)
+    table = pd.DataFrame(verdicts)
+    with style():
+        fig = Figure(figsize=(2 * WIDTH + 0.2, 1))
+        cells = [_cells(fig, row) for row in verdicts]
+        *left, share, score, verdict = COLUMNS
+        limits = min(0.45, table.evaluator_low.min() - 0.05, min(map(min, table.auroc)) - 0.05), 1.04
+        swarms = [_swarm(np.array(auroc) * COLUMNS[score][1] / np.ptp(limits), DOT) for auroc in table.auroc]
+        piles = np.array([np.ptp(swarm) + DOT for swarm in swarms])
+        heights = [max(max(map(len, row.values())) * LINE, pile + LANE) + 10 for row, pile in zip(cells, piles)]
+        edges = HEAD + np.cumsum([0, *heights])
+        centers = (edges[1:] + edges[:-1]) / 2
+        fig.set_figheight((edges[-1] + FOOT) / 72)
+        page = Affine2D.from_values(1, 0, 0, -1, 0, edges[-1] + FOOT).scale(1 / 72) + fig.dpi_scale_trans
+
+        for name, (x, _) in COLUMNS.items():
+            for i, line in enumerate(reversed(name.split("\n"))):
+                fig.text(x, HEAD - 6 - i * LINE, line, transform=page, fontsize=7, fontweight="bold",
+                         fontfamily="DejaVu Sans")
+        for i, edge in enumerate(edges):
+            fig.add_artist(Line2D([4, 500], [edge, edge], transform=page, color=GRAY, linewidth=0.3 if i else 0.8))
+        for row, center, kind in zip(cells, centers, table.verdict):
+            for (x, _), lines in zip([COLUMNS[name] for name in (*left, verdict)], row.values()):
+                top = center - (len(lines) - 1) / 2 * LINE
+                for i, (line, size, color) in enumerate(lines):
+                    fig.text(x, top + i * LINE, line, transform=page, fontsize=size, color=color, va="center_baseline")
+            symbol, color = VERDICTS[kind]      # beside the word, which is the first line of the last cell
+            fig.text(x - 12, top, symbol, transform=page, fontsize=9, color=color, va="center_baseline")
+
+        ax = _panel(fig, share, edges, (-0.04, 1.04), indent=22)     # room for "10/10"
+        seeds = ax.errorbar(y=centers, color=BLACK, **_interval(table, "low", "share", "high", "s"))
+        ax.set_yticks(centers, [f"{sum(matches)}/{len(matches)}" for matches in table.matches])
+        ax.set(xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], xlabel="share of seeds")
+
+        ax = _panel(fig, score, edges, limits)
+        chance = ax.axvline(0.5, color=GRAY, linestyle=":", linewidth=1)
+        for auroc, swarm, center in zip(table.auroc, swarms, centers):
+            y = center - LANE / 2 + swarm - (swarm.max() + swarm.min()) / 2
+            seed, = ax.plot(auroc, y, "o", color=BLUE, markersize=DOT - 0.4, markeredgewidth=0)
+        evaluator = ax.errorbar(y=centers + piles / 2, color=VERMILLION, markerfacecolor="white",
+                                **_interval(table, "evaluator_low", "evaluator_auroc", "evaluator_high", "D"))
+        ax.set(xticks=[t for t in (0, 0.25, 0.5, 0.75, 1) if t >= limits[0]], xlabel="AUROC")
+
+        names = {"one seed": seed, "chance": chance, "evaluator given the right label, 95 % interval": evaluator,
+                 "share of seeds, 95 % interval": seeds}
+        fig.legend([*names.values()], [*names], loc="upper left", bbox_to_anchor=(8, edges[-1] + 8),
+                   bbox_transform=page, ncols=2, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=1.2)
+    return fig
+
+# %% ../nbs/09_plot.ipynb #51d1a4fe
 def save_figure(
     fig: Figure,            # any matplotlib figure
     stem: str | Path,       # path without suffix; its folder is made if it is missing
