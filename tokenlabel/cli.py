@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/12_cli.ipynb #163a3f82
+# %% ../nbs/12_cli.ipynb #7fc77803
 import argparse
 import ast
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenlabel
 
-# %% ../nbs/12_cli.ipynb #de0f62e9
+# %% ../nbs/12_cli.ipynb #2c3cc0de
 def _label(options) -> int:
     from tokenlabel.feature import Feature
     out = options.out or Path("runs") / options.feature.stem
@@ -35,7 +35,7 @@ def _label(options) -> int:
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 
-# %% ../nbs/12_cli.ipynb #3b4c67ca
+# %% ../nbs/12_cli.ipynb #855045e0
 def _value(text: str):
     "What a user means by `text` in NAME=VALUE: a Python literal if it is one, else the text."
     try: return ast.literal_eval(text)
@@ -70,13 +70,13 @@ def _reproduce(options) -> int:
     for verdict in sum_up(options.figures): print(verdict_line(verdict))
     return 0
 
-# %% ../nbs/12_cli.ipynb #c877b301
+# %% ../nbs/12_cli.ipynb #bf9f13a0
 def _fetch(options) -> int:
     from tokenlabel.lm import cache_dir, load_lm
     print(f"{load_lm().name} is in {cache_dir()}")
     return 0
 
-# %% ../nbs/12_cli.ipynb #5dd47134
+# %% ../nbs/12_cli.ipynb #a0a86bb2
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenlabel", description="Label a neural network's feature by gradient descent in token space.",
@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
                            help=f"{meaning} (default: {default})")
 
     setting("discriminator", "channel", "how the model judges a label")
-    setting("restarts", 4, "searches that run side by side")
-    setting("steps", 60, "gradient steps of each search")
+    setting("restarts", 3, "searches that run side by side")
+    setting("steps", 50, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
     setting("kl", .02, "weight of the label's divergence from what the model expects")
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command(_fetch, "fetch", "fetch and convert the default language model, if that was not done before")
     return parser
 
-# %% ../nbs/12_cli.ipynb #27ad9613
+# %% ../nbs/12_cli.ipynb #54c2afe1
 def main(
     argv: list[str] | None = None,   # `sys.argv[1:]` if not given
 ) -> int:                            # exit status

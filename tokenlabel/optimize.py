@@ -8,7 +8,7 @@ __all__ = ['LOOK', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v',
            'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
            'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #a5272292
+# %% ../nbs/06_optimize.ipynb #e6006226
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #eb4e8496
+# %% ../nbs/06_optimize.ipynb #a0b9a830
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +47,7 @@ def schedule(
     done = step / max(steps - 1, 1)
     return temperature[0] * (temperature[1] / temperature[0]) ** done, ramp[0] + (ramp[1] - ramp[0]) * done
 
-# %% ../nbs/06_optimize.ipynb #ee66a14c
+# %% ../nbs/06_optimize.ipynb #5a8ae35f
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #2e93f372
+# %% ../nbs/06_optimize.ipynb #55838785
 def draw_items(
     active: Tensor,  # long, numbers of the items with something active to fit
     inactive: Tensor,  # long, numbers of the others
@@ -72,7 +72,7 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #51b90cc4
+# %% ../nbs/06_optimize.ipynb #9df8728f
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -81,8 +81,8 @@ class Search:
         discriminator: Channel | Direct,
         *,
         weights: LossWeights = LossWeights(),
-        restarts: int = 4,
-        steps: int = 60,  # length of the schedule
+        restarts: int = 3,
+        steps: int = 50,  # length of the schedule
         lr: float = 0.5,  # learning rate of AdamW
         temperature: tuple[float, float] = (1.0, 0.1),  # first and last
         ramp: tuple[float, float] = (0.0, 1.0),  # share of the entropy's weight, first and last
@@ -159,7 +159,7 @@ class Search:
         for restart, ids in enumerate(best.tolist()):
             for id in ids: self.met.setdefault(id, (self.done, restart))
 
-# %% ../nbs/06_optimize.ipynb #03bb7bcd
+# %% ../nbs/06_optimize.ipynb #519c4745
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -172,16 +172,17 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #b556d639
+# %% ../nbs/06_optimize.ipynb #8d674036
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
     ids: Tensor,  # long [C], tokens
     weights: LossWeights,
     batches: Sequence[Batch | DirectBatch],  # what to score them on
+    turn: int | None = None,  # through which prompt; None: all
 ) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss [C], KL [C], logits with bias [C, units of the batches]
     "Losses of single tokens as labels, on the units of the batches that are not held out."
-    z = torch.cat([discriminator.hard_logits(ids[:, None], batch) for batch in batches], 1)
+    z = torch.cat([discriminator.hard_logits(ids[:, None], batch, turn) for batch in batches], 1)
     accuracy, z = fit_logits(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
     return accuracy, -discriminator.log_prior[ids], z
 
@@ -199,7 +200,7 @@ def fit_logits(
     z = scale[:, None] * z + bias[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #445cd4ae
+# %% ../nbs/06_optimize.ipynb #325f0fde
 LOOK = 24  # positions behind the prompt that a first look may cost
 
 
@@ -220,13 +221,13 @@ def shortlist(
 ) -> list[int]:  # token ids
     "The `size` best of the tokens that a search has met, by a quick look, and each restart's own token."
     ids = torch.tensor(list(search.met), device=search.v.device)
-    accuracy, kl, _ = score_labels(search.discriminator, ids, search.weights, [quick_look(search)])
+    accuracy, kl, _ = score_labels(search.discriminator, ids, search.weights, [quick_look(search)], turn=0)
     best = (search.weights.accuracy * accuracy + search.weights.kl * kl).topk(min(size, len(ids)), largest=False)
     own = search.log_p(1.0).argmax(-1).tolist()
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #e2442f68
+# %% ../nbs/06_optimize.ipynb #4b7787f2
 def rank_labels(
     discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
@@ -254,7 +255,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #4de45814
+# %% ../nbs/06_optimize.ipynb #70ca4f75
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -286,7 +287,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #0d9a65e7
+# %% ../nbs/06_optimize.ipynb #e7f15fa7
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -319,7 +320,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #30fb04af
+# %% ../nbs/06_optimize.ipynb #92f6f371
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -330,7 +331,7 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #a681b3b5
+# %% ../nbs/06_optimize.ipynb #633ceefc
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -368,7 +369,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #7d2a359b
+# %% ../nbs/06_optimize.ipynb #0c61d825
 DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
@@ -379,8 +380,8 @@ def label_feature(
     *,
     weights: LossWeights = LossWeights(),
     prompts: Sequence[str] | Question | None = None,  # for "channel" with {label} in each; for "direct" a question
-    restarts: int = 4,  # independent searches, run as one batch
-    steps: int = 60,  # at most; fewer if all restarts have settled
+    restarts: int = 3,  # independent searches, run as one batch
+    steps: int = 50,  # at most; fewer if all restarts have settled
     lr: float = 0.5,  # learning rate of AdamW
     temperature: tuple[float, float] = (1.0, 0.1),  # at the first and at the last step
     ramp: tuple[float, float] = (0.0, 1.0),  # share of the entropy's weight at the first and at the last step
@@ -388,7 +389,7 @@ def label_feature(
     weight_decay: float = 0.0,  # of AdamW
     calibrated: bool = True,  # fit the bias of the logits, and the scale of direct ones; False: take them as they are
     batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
-    candidates: int = 16,  # tokens met on the way that are ranked on all the data
+    candidates: int = 10,  # tokens met on the way that are ranked on all the data
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
     progress: bool | Callable[[list[dict]], None] = True,  # show a bar, or call this with the trace rows of each step
@@ -434,7 +435,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #a1d5188c
+# %% ../nbs/06_optimize.ipynb #17691b92
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -453,7 +454,7 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #bcb91231
+# %% ../nbs/06_optimize.ipynb #cac6fdac
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -468,7 +469,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #79b32c6b
+# %% ../nbs/06_optimize.ipynb #cda568dd
 def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
