@@ -273,20 +273,6 @@ def test_a_labeled_feature_is_kept_by_feature_model_and_options(tmp_path, monkey
     assert calls[0] == {"seed": 0}
 
 
-# the experiments themselves
-
-def test_the_animals_experiment_runs_and_draws_its_figures(tmp_path):
-    executed = run_experiment("animals", {"quick": True, "steps": 12, "restarts": 2}, figures=tmp_path / "figures",
-                              runs=tmp_path / "runs", progress=False)
-    assert executed.parent == tmp_path / "runs" and notebook_errors(nbformat.read(executed, as_version=4)) == []
-    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    figures = {f"animals_{mode}{part}" for mode in ("words", "texts")
-               for part in ("", "_losses", "_tokens", "_plane", "_accuracy", "_heldout")}
-    assert drawn == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png")} | {"animals.csv"}
-    kept = list((tmp_path / "runs" / "cache").iterdir())
-    assert len(kept) == 2, "one seed in two modes"
-
-
 # runs side by side: the tests start processes as seldom as they can, since each takes some seconds to import PyTorch
 
 ANIMALS = Feature.from_words("animals", ["cat", "dog", "horse"], ["house", "car", "book"])
