@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from tokenlabel import plot
 from tokenlabel.score import heldout_table
@@ -319,6 +320,15 @@ def test_labels_of_a_summary_are_counted_ticked_and_shortened():
     words = shown(plot.plot_summary([make_verdict(labels=labels, matches=[False] * 5 + [True], auroc=[.9] * 6)]))
     long, = [w for w in words if w.startswith("·W")]
     assert "…" in long and long.endswith("ng 1/6 ✓") and {"·a 2/6", "+ 3 others"} <= words
+
+
+def test_texts_of_a_summary_stay_beside_their_dots_where_a_notebook_crops_the_page():
+    fig, pictures = plot.plot_summary(VERDICTS[:2]), []
+    for box in (None, Bbox([[1, 0], [6, fig.get_figheight()]])):
+        fig.savefig(buffer := io.BytesIO(), dpi=100, bbox_inches=box)
+        pictures.append(plt.imread(io.BytesIO(buffer.getvalue())))
+    whole, cropped = pictures
+    assert np.abs(whole[:, 100:600] - cropped).mean() < 0.001
 
 
 def test_the_legend_of_a_summary_is_below_the_rows():

@@ -8,7 +8,7 @@ __all__ = ['WIDTH', 'HEIGHT', 'CJK_FONT', 'RC', 'BLACK', 'ORANGE', 'SKY', 'GREEN
            'FOOT', 'style', 'drawable', 'best_restart', 'plot_losses', 'plot_tokens', 'plot_plane', 'plot_accuracy',
            'plot_heldout', 'plot_result', 'plot_summary', 'save_figure']
 
-# %% ../nbs/09_plot.ipynb #98e54000
+# %% ../nbs/09_plot.ipynb #7ced9d69
 import io
 import os
 import re
@@ -33,7 +33,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Affine2D, Bbox
 from sklearn.isotonic import isotonic_regression
 
-# %% ../nbs/09_plot.ipynb #360e1256
+# %% ../nbs/09_plot.ipynb #4cc9599b
 WIDTH, HEIGHT = 3.4, 2.4            # inches, of a panel with its margins: one column of a two-column page
 CJK_FONT = files("paperang_p2_fonts_cjk") / "fonts" / "wqy-microhei.ttc"
 RC = {
@@ -56,7 +56,7 @@ def style() -> Iterator[None]:
     plt.draw_if_interactive()       # loads the backend: what Jupyter's sets when it is loaded must outlive the block
     with plt.style.context(["default", RC]): yield
 
-# %% ../nbs/09_plot.ipynb #4d2d8811
+# %% ../nbs/09_plot.ipynb #b5554214
 @lru_cache
 def _drawable() -> frozenset[int]:
     "The code points that the fonts of `style` have."
@@ -69,7 +69,7 @@ def drawable(token: str) -> str:
     shown = (c if c.isprintable() and ord(c) in _drawable() else f"⟨U+{ord(c):04X}⟩" for c in text)
     return "".join(shown) or "⟨⟩"
 
-# %% ../nbs/09_plot.ipynb #1a418d75
+# %% ../nbs/09_plot.ipynb #ac6b0ca7
 NAME_WIDTH = 58     # points: room for a name to the right of a panel
 
 def _points(ax: Axes, length: float) -> float:
@@ -108,7 +108,7 @@ def _name_ends(lines: dict[str, Line2D]):
                            va="center", fontsize=7, annotation_clip=False)
         _shorten(text, _points(ax, NAME_WIDTH))
 
-# %% ../nbs/09_plot.ipynb #b1c87693
+# %% ../nbs/09_plot.ipynb #cbb5a40c
 def _axes(ax: Axes | None, right: float, left: float = 36) -> Axes:
     "`ax`, or that of a new figure one column wide with `left` and `right` points beside the panel."
     if ax is not None: return ax
@@ -173,7 +173,7 @@ def plot_losses(
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #c7615e0b
+# %% ../nbs/09_plot.ipynb #fcd8f595
 TOKEN_LINES = [dict(color=color, linestyle=dashes, linewidth=width) for color, dashes, width in [
     (BLUE, "-", 2.2), (VERMILLION, "--", 1.2), (BLACK, ":", 1.2), (GREEN, "-.", 1.2), (ORANGE, "-", 1.2),
     (PURPLE, (0, (7, 2)), 1.2), (SKY, (0, (5, 1, 1, 1, 1, 1)), 1.2), (GRAY, (0, (2, 1)), 1.2)]]
@@ -209,7 +209,7 @@ def plot_tokens(
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #6f091867
+# %% ../nbs/09_plot.ipynb #3f1da8b5
 def _legend_above(ax: Axes, order: Collection[str] = ()):
     "A legend of one row above the panel, off the data; names in `order` first."
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
@@ -297,7 +297,7 @@ def plot_plane(
                  ranking[["kl", "accuracy_loss"]].to_numpy(), trace[["kl", "accuracy_loss"]].to_numpy())
     return ax
 
-# %% ../nbs/09_plot.ipynb #2501856d
+# %% ../nbs/09_plot.ipynb #1c143533
 @style()
 def plot_accuracy(
     trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_active, accuracy_inactive
@@ -315,7 +315,7 @@ def plot_accuracy(
     _name_ends(lines)
     return ax
 
-# %% ../nbs/09_plot.ipynb #32937b4a
+# %% ../nbs/09_plot.ipynb #f4cc1125
 METRIC_NAMES = {"auroc": "AUROC", "balanced_accuracy": "balanced\naccuracy", "f1": "F1",
                 "accuracy_active": "accuracy\n(active)", "accuracy_inactive": "accuracy\n(inactive)"}
 
@@ -346,7 +346,7 @@ def plot_heldout(
     _legend_above(ax, ["discrete label", "soft label", "chance"])
     return ax
 
-# %% ../nbs/09_plot.ipynb #261fa24a
+# %% ../nbs/09_plot.ipynb #aa70b6a4
 def plot_result(
     trace: pd.DataFrame,                    # as in plot_losses, plot_tokens, plot_plane and plot_accuracy
     ranking: pd.DataFrame,                  # as in plot_plane
@@ -379,7 +379,7 @@ def plot_result(
         if title is not None: fig.text(0.1 / width, 1 - 0.22 / height, drawable(title), fontsize=9)
     return fig
 
-# %% ../nbs/09_plot.ipynb #a88cfb31
+# %% ../nbs/09_plot.ipynb #0e7280d4
 def _swarm(x: np.ndarray, gap: float) -> np.ndarray:
     "Offsets [n] across the line for dots at `x` [n], so that all are `gap` apart; all in the same unit."
     offsets = np.zeros(len(x))
@@ -391,7 +391,7 @@ def _swarm(x: np.ndarray, gap: float) -> np.ndarray:
         offsets[dot] = next(free)
     return offsets
 
-# %% ../nbs/09_plot.ipynb #d963809f
+# %% ../nbs/09_plot.ipynb #66b63eb3
 def _wrap(text: Text, words: str, width: float) -> list[str]:
     "`words` in lines at most `width` pixels wide, measured with `text`; a word wider than that loses its middle."
     lines = []
@@ -419,7 +419,7 @@ def _label_lines(text: Text, labels: Sequence[str], matches: Sequence[bool], wid
         lines.append(text.get_text() + tail)
     return lines + [f"+ {len(order) - len(shown)} others"] * (len(order) > len(shown))
 
-# %% ../nbs/09_plot.ipynb #a6c385cc
+# %% ../nbs/09_plot.ipynb #08b0c516
 VERDICTS = {"reproduced": ("✔", BLUE), "partly": ("◐", ORANGE), "deviates": ("✘", VERMILLION)}
 DIM = "#595959"                     # of lesser text; dark enough to read on white
 COLUMNS = {                         # left edge and width in points; the figure is 504 wide
@@ -446,7 +446,7 @@ def _check_verdicts(verdicts: Sequence[dict]):
             if not row[low] <= row[middle] <= row[high]:
                 raise ValueError(f"{where} has {middle} {row[middle]} outside its interval, {row[low]} to {row[high]}")
 
-# %% ../nbs/09_plot.ipynb #2a0120e2
+# %% ../nbs/09_plot.ipynb #e4b5bba0
 LINE, DOT, LANE = 10, 3.4, 9        # points: a line of text, a dot with its gap, the lane of the evaluator
 HEAD, FOOT = 28, 40                 # points: above the rows the names of the columns, below them axes and legend
 
@@ -482,7 +482,7 @@ def _interval(table: pd.DataFrame, low: str, value: str, high: str, look: str) -
     return dict(x=table[value], xerr=[table[value] - table[low], table[high] - table[value]], fmt=look, markersize=3.5,
                 elinewidth=1, capsize=2)
 
-# %% ../nbs/09_plot.ipynb #2e97367a
+# %% ../nbs/09_plot.ipynb #f4a23524
 def plot_summary(
     verdicts: Sequence[dict],   # a row each: experiment, form, paper (what it says), verdict (of VERDICTS), reason;
                                 # a value per seed: labels, matches (is it the paper's?), auroc (held out); and, with
@@ -501,8 +501,9 @@ def plot_summary(
         heights = [max(max(map(len, row.values())) * LINE, pile + LANE) + 10 for row, pile in zip(cells, piles)]
         edges = HEAD + np.cumsum([0, *heights])
         centers = (edges[1:] + edges[:-1]) / 2
-        fig.set_figheight((edges[-1] + FOOT) / 72)
-        page = Affine2D.from_values(1, 0, 0, -1, 0, edges[-1] + FOOT).scale(1 / 72) + fig.dpi_scale_trans
+        height = edges[-1] + FOOT
+        fig.set_figheight(height / 72)
+        page = Affine2D().scale(1 / (72 * fig.get_figwidth()), -1 / height).translate(0, 1) + fig.transFigure
 
         for name, (x, _) in COLUMNS.items():
             for i, line in enumerate(reversed(name.split("\n"))):
@@ -538,7 +539,7 @@ def plot_summary(
                    bbox_transform=page, ncols=2, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=1.2)
     return fig
 
-# %% ../nbs/09_plot.ipynb #51d1a4fe
+# %% ../nbs/09_plot.ipynb #2dea5d7b
 def save_figure(
     fig: Figure,            # any matplotlib figure
     stem: str | Path,       # path without suffix; its folder is made if it is missing
