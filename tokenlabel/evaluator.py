@@ -6,7 +6,7 @@
 __all__ = ['DISTRACTORS', 'EXPECTED', 'MOST', 'AUROC', 'LOW', 'spellings', 'sample_items', 'decide', 'EvaluatorCheck', 'headline',
            'shown', 'check_evaluator', 'right_labels']
 
-# %% ../nbs/06b_evaluator.ipynb #3c453469
+# %% ../nbs/06b_evaluator.ipynb #336ca7db
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .objective import LossWeights
 from .optimize import DISCRIMINATORS, draw_items, rank_labels
 from .score import score
 
-# %% ../nbs/06b_evaluator.ipynb #8e983e8a
+# %% ../nbs/06b_evaluator.ipynb #dbc83dcf
 def spellings(
     word: str,
     lm: LM,
@@ -32,11 +32,11 @@ def spellings(
     forms = (lm.encode(space + form) for form in (word, word[:1].upper() + word[1:]) for space in (" ", ""))
     return list(dict.fromkeys(ids[0] for ids in forms if len(ids) == 1 and lm.admissible[ids[0]]))
 
-# %% ../nbs/06b_evaluator.ipynb #1347089c
+# %% ../nbs/06b_evaluator.ipynb #151563a8
 DISTRACTORS = ("thing", "word", "name", "person", "animal", "plant", "food", "number", "language")
 EXPECTED = 4  # of the LM's most expected labels
 
-# %% ../nbs/06b_evaluator.ipynb #837c2645
+# %% ../nbs/06b_evaluator.ipynb #ce734a75
 MOST = {"words": 64, "texts": 16}
 
 
@@ -53,7 +53,7 @@ def sample_items(
     chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])
 
-# %% ../nbs/06b_evaluator.ipynb #8003a303
+# %% ../nbs/06b_evaluator.ipynb #19da9b97
 AUROC = 0.8  # the right label must reach this,
 LOW = 0.7  # and the lower end of its 95 % interval must be above this
 
@@ -72,7 +72,7 @@ def decide(
                                f"and {first.label!r} has the lower loss, {first.loss:.3f} against {right.loss:.3f}. "
                                "A run will end there or in a label that is better still.")
 
-# %% ../nbs/06b_evaluator.ipynb #80d30a67
+# %% ../nbs/06b_evaluator.ipynb #c635effc
 @dataclass(frozen=True, eq=False, repr=False)
 class EvaluatorCheck:
     "What `check_evaluator` found."
@@ -101,7 +101,7 @@ def shown(check: EvaluatorCheck, rows: int = 8) -> pd.DataFrame:
     table.columns = table.columns.str.replace("_", " ")
     return table[check.table.is_right | (table.index < rows)].rename(index=lambda row: row + 1)
 
-# %% ../nbs/06b_evaluator.ipynb #e693f1bf
+# %% ../nbs/06b_evaluator.ipynb #c3ad7aaf
 def check_evaluator(
     feature: Feature,
     lm: LM,
