@@ -27,7 +27,7 @@ def feature_of(lm, make=channel, word="a", size=40) -> Feature:
 
 
 def row(label, right, loss, auroc, low) -> dict:
-    return dict(label=label, is_right=right, loss=loss, auroc=auroc, low=low, high=1.0)
+    return dict(label=label, is_right=right, loss=loss, accuracy_loss=1 - auroc, auroc=auroc, low=low, high=1.0)
 
 
 @pytest.fixture
@@ -48,6 +48,12 @@ def test_a_better_wrong_label_is_named_only_if_the_evaluator_knows_the_right_one
     verdict, sentence = decide(pd.DataFrame([wrong, row(" mammal", True, 0.2, 0.9, 0.8)]))
     assert verdict == "prefers another" and "' animal'" in sentence and "' mammal'" in sentence
     assert decide(pd.DataFrame([wrong, row(" mammal", True, 0.2, 0.6, 0.5)]))[0] == "cannot"
+
+
+def test_the_sentence_says_whether_the_fit_or_the_kl_decided():
+    right = row(" mammal", True, 0.2, 0.9, 0.8)
+    assert "fits better" in decide(pd.DataFrame([row(" animal", False, 0.1, 0.99, 0.95), right]))[1]
+    assert "KL is lower" in decide(pd.DataFrame([row(" animal", False, 0.1, 0.85, 0.75), right]))[1]
 
 
 def test_the_right_label_with_the_lowest_loss_counts_not_the_one_with_the_best_auroc():

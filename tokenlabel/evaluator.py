@@ -6,7 +6,7 @@
 __all__ = ['DISTRACTORS', 'EXPECTED', 'MOST', 'AUROC', 'LOW', 'spellings', 'sample_items', 'decide', 'EvaluatorCheck', 'headline',
            'shown', 'check_evaluator', 'right_labels']
 
-# %% ../nbs/06b_evaluator.ipynb #336ca7db
+# %% ../nbs/06b_evaluator.ipynb #e7697f54
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .objective import LossWeights
 from .optimize import DISCRIMINATORS, draw_items, rank_labels
 from .score import score
 
-# %% ../nbs/06b_evaluator.ipynb #dbc83dcf
+# %% ../nbs/06b_evaluator.ipynb #0c520741
 def spellings(
     word: str,
     lm: LM,
@@ -32,11 +32,11 @@ def spellings(
     forms = (lm.encode(space + form) for form in (word, word[:1].upper() + word[1:]) for space in (" ", ""))
     return list(dict.fromkeys(ids[0] for ids in forms if len(ids) == 1 and lm.admissible[ids[0]]))
 
-# %% ../nbs/06b_evaluator.ipynb #151563a8
+# %% ../nbs/06b_evaluator.ipynb #48a2b426
 DISTRACTORS = ("thing", "word", "name", "person", "animal", "plant", "food", "number", "language")
 EXPECTED = 4  # of the LM's most expected labels
 
-# %% ../nbs/06b_evaluator.ipynb #ce734a75
+# %% ../nbs/06b_evaluator.ipynb #bb2f05a7
 MOST = {"words": 64, "texts": 16}
 
 
@@ -53,13 +53,13 @@ def sample_items(
     chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])
 
-# %% ../nbs/06b_evaluator.ipynb #19da9b97
+# %% ../nbs/06b_evaluator.ipynb #41a29dd7
 AUROC = 0.8  # the right label must reach this,
 LOW = 0.7  # and the lower end of its 95 % interval must be above this
 
 
 def decide(
-    table: pd.DataFrame,  # best first: label, is_right, loss, auroc, low, high
+    table: pd.DataFrame,  # best first: label, is_right, loss, accuracy_loss, auroc, low, high
 ) -> tuple[str, str]:  # verdict, sentence
     'Whether the evaluator "can", "cannot" or "prefers another" label.'
     first, right = table.iloc[0], table[table.is_right].iloc[0]
@@ -68,11 +68,12 @@ def decide(
         return "cannot", (f"The evaluator cannot label this feature: even {found}. "
                           f"At least {AUROC:.2f} is needed, and an interval above {LOW:.2f}.")
     if first.is_right: return "can", f"The evaluator can label this feature: {found}."
+    why = "though it fits worse: its KL is lower" if first.accuracy_loss > right.accuracy_loss else "as it fits better"
     return "prefers another", (f"The evaluator can find this feature, but the objective prefers another label: {found}, "
-                               f"and {first.label!r} has the lower loss, {first.loss:.3f} against {right.loss:.3f}. "
-                               "A run will end there or in a label that is better still.")
+                               f"and {first.label!r} has the lower loss ({first.loss:.3f} against {right.loss:.3f}), "
+                               f"{why}. A run is likely to end there.")
 
-# %% ../nbs/06b_evaluator.ipynb #c635effc
+# %% ../nbs/06b_evaluator.ipynb #501da902
 @dataclass(frozen=True, eq=False, repr=False)
 class EvaluatorCheck:
     "What `check_evaluator` found."
@@ -101,7 +102,7 @@ def shown(check: EvaluatorCheck, rows: int = 8) -> pd.DataFrame:
     table.columns = table.columns.str.replace("_", " ")
     return table[check.table.is_right | (table.index < rows)].rename(index=lambda row: row + 1)
 
-# %% ../nbs/06b_evaluator.ipynb #c3ad7aaf
+# %% ../nbs/06b_evaluator.ipynb #fd6a2091
 def check_evaluator(
     feature: Feature,
     lm: LM,
