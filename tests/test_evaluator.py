@@ -40,7 +40,9 @@ def llama(tiny_lm): return tiny_lm("llama")
 @pytest.mark.parametrize("auroc, low, verdict", [
     (AUROC, LOW + 0.01, "can"), (AUROC - 0.01, LOW + 0.01, "cannot"), (0.99, LOW, "cannot"), (0.5, 0.3, "cannot")])
 def test_a_label_passes_with_its_auroc_and_with_the_lower_end_of_its_interval(auroc, low, verdict):
-    assert decide(pd.DataFrame([row(" cat", True, 0.1, auroc, low)]))[0] == verdict
+    table = pd.DataFrame([row(" cat", True, 0.1, auroc, low), row(" pet", False, 0.123, 0.5, 0.4)])
+    assert decide(table)[0] == verdict
+    assert verdict == "cannot" or "' pet' comes next with 0.123" in decide(table)[1]
 
 
 def test_a_better_wrong_label_is_named_only_if_the_evaluator_knows_the_right_one():
