@@ -6,7 +6,7 @@
 __all__ = ['DISTRACTORS', 'EXPECTED', 'MOST', 'AUROC', 'LOW', 'spellings', 'sample_items', 'decide', 'EvaluatorCheck', 'headline',
            'shown', 'check_evaluator', 'right_labels']
 
-# %% ../nbs/06b_evaluator.ipynb #3c453469
+# %% ../nbs/06b_evaluator.ipynb #84a309ac
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .objective import LossWeights
 from .optimize import DISCRIMINATORS, draw_items, rank_labels
 from .score import score
 
-# %% ../nbs/06b_evaluator.ipynb #8e983e8a
+# %% ../nbs/06b_evaluator.ipynb #4864d2d5
 def spellings(
     word: str,
     lm: LM,
@@ -32,11 +32,11 @@ def spellings(
     forms = (lm.encode(space + form) for form in (word, word[:1].upper() + word[1:]) for space in (" ", ""))
     return list(dict.fromkeys(ids[0] for ids in forms if len(ids) == 1 and lm.admissible[ids[0]]))
 
-# %% ../nbs/06b_evaluator.ipynb #1347089c
+# %% ../nbs/06b_evaluator.ipynb #866aa216
 DISTRACTORS = ("thing", "word", "name", "person", "animal", "plant", "food", "number", "language")
 EXPECTED = 4  # of the LM's most expected labels
 
-# %% ../nbs/06b_evaluator.ipynb #837c2645
+# %% ../nbs/06b_evaluator.ipynb #c3577bdc
 MOST = {"words": 64, "texts": 16}
 
 
@@ -53,13 +53,13 @@ def sample_items(
     chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])
 
-# %% ../nbs/06b_evaluator.ipynb #8003a303
+# %% ../nbs/06b_evaluator.ipynb #5ad56093
 AUROC = 0.8  # the right label must reach this,
 LOW = 0.7  # and the lower end of its 95 % interval must be above this
 
 
 def decide(
-    table: pd.DataFrame,  # best first: label, is_right, loss, auroc, low, high
+    table: pd.DataFrame,  # best first: label, is_right, loss, accuracy_loss, auroc, low, high
 ) -> tuple[str, str]:  # verdict, sentence
     'Whether the evaluator "can", "cannot" or "prefers another" label.'
     first, right = table.iloc[0], table[table.is_right].iloc[0]
@@ -67,12 +67,15 @@ def decide(
     if right.auroc < AUROC or right.low <= LOW:
         return "cannot", (f"The evaluator cannot label this feature: even {found}. "
                           f"At least {AUROC:.2f} is needed, and an interval above {LOW:.2f}.")
-    if first.is_right: return "can", f"The evaluator can label this feature: {found}."
-    return "prefers another", (f"The evaluator can find this feature, but the objective prefers another label: {found}, "
-                               f"and {first.label!r} has the lower loss, {first.loss:.3f} against {right.loss:.3f}. "
-                               "A run will end there or in a label that is better still.")
+    wrong = table[~table.is_right].iloc[0]
+    if first.is_right: return "can", (f"The evaluator can label this feature: {found}, and the lowest loss, "
+                                      f"{right.loss:.3f}. {wrong.label!r} comes next with {wrong.loss:.3f}.")
+    why = "though it fits worse: its KL is lower" if first.accuracy_loss > right.accuracy_loss else "as it fits better"
+    return "prefers another", (f"The evaluator can find this feature, but the objective prefers another label: "
+                               f"{found}, and {first.label!r} has the lower loss, {first.loss:.3f} against "
+                               f"{right.loss:.3f}, {why}. A run is likely to end there.")
 
-# %% ../nbs/06b_evaluator.ipynb #80d30a67
+# %% ../nbs/06b_evaluator.ipynb #552d7dd6
 @dataclass(frozen=True, eq=False, repr=False)
 class EvaluatorCheck:
     "What `check_evaluator` found."
@@ -101,7 +104,7 @@ def shown(check: EvaluatorCheck, rows: int = 8) -> pd.DataFrame:
     table.columns = table.columns.str.replace("_", " ")
     return table[check.table.is_right | (table.index < rows)].rename(index=lambda row: row + 1)
 
-# %% ../nbs/06b_evaluator.ipynb #e693f1bf
+# %% ../nbs/06b_evaluator.ipynb #50ed6e0d
 def check_evaluator(
     feature: Feature,
     lm: LM,
