@@ -243,7 +243,7 @@ def test_a_control_token_without_an_embedding_does_no_harm():
     tokenizer = tiny_tokenizer(bos=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra {i}>" for i in range(30)]})
     assert len(tokenizer) > MODEL_SIZE
-    assert load_lm(tiny_model("llama"), tokenizer=tokenizer).admissible.sum() == TOKENIZER_SIZE - 3
+    assert load_lm(tiny_model("llama"), tokenizer=tokenizer).admissible.sum() == TOKENIZER_SIZE - 3 - 128
 
 
 def test_a_broken_gguf_leaves_nothing_behind(cache, tiny_gguf, tmp_path):
@@ -380,10 +380,12 @@ def test_the_default_model_loads_fast(lm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_special_and_padded_ids_are_no_labels(tiny_lm, family):
-    admissible = tiny_lm(family).admissible
-    assert admissible.shape == (MODEL_SIZE,) and admissible.dtype == torch.bool
-    assert (~admissible).nonzero()[:, 0].tolist() == [0, 1, 2, *range(TOKENIZER_SIZE, MODEL_SIZE)]
+def test_special_and_padded_ids_and_fragments_of_characters_are_no_labels(tiny_lm, family):
+    lm = tiny_lm(family)
+    assert lm.admissible.shape == (MODEL_SIZE,) and lm.admissible.dtype == torch.bool
+    fragments = [id for id in range(TOKENIZER_SIZE) if "\ufffd" in lm.token(id)]
+    assert len(fragments) == 128  # bytes from 0x80 on
+    assert set((~lm.admissible).nonzero()[:, 0].tolist()) == {0, 1, 2, *fragments, *range(TOKENIZER_SIZE, MODEL_SIZE)}
 
 
 def test_added_control_tokens_are_no_labels_but_added_words_and_blanks_are():
@@ -394,8 +396,8 @@ def test_added_control_tokens_are_no_labels_but_added_words_and_blanks_are():
     assert lm.admissible[ids].tolist() == [False, False, True, True]
 
 
-def test_of_the_default_model_all_but_17_control_tokens_are_labels(lm):
-    assert lm.admissible.sum() == 49_152 - 17
+def test_of_the_default_model_all_but_17_control_tokens_and_314_fragments_are_labels(lm):
+    assert lm.admissible.sum() == 49_152 - 17 - 314
     assert not lm.admissible[lm.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<repo_name>"])].any()
 
 
