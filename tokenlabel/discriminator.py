@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #d1c428e0
+# %% ../nbs/04_discriminator.ipynb #5916ac4c
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #50140311
+# %% ../nbs/04_discriminator.ipynb #9be66306
 PROMPTS = {
     "words": ("Here are some {label}:", "A list of {label}:"),
     "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #a45ffd47
+# %% ../nbs/04_discriminator.ipynb #655b346e
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #c81a4767
+# %% ../nbs/04_discriminator.ipynb #bb0493b9
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #de09c86c
+# %% ../nbs/04_discriminator.ipynb #75f0170a
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #cf7a9905
+# %% ../nbs/04_discriminator.ipynb #9f32f13e
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #5217fc06
+# %% ../nbs/04_discriminator.ipynb #6a47d244
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #1a312e47
+# %% ../nbs/04_discriminator.ipynb #6f8c2086
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -239,10 +239,6 @@ class Channel:
         item[self.tokens.token_unit] = self.tokens.token_sequence
         return item
 
-    def cost(self, item: int) -> int:
-        "Positions that a word or text adds to a batch."
-        return len(self.tokens.sequences[item]) - 1
-
     def batch(self, items: Sequence[int] | None = None) -> Batch:
         "Some words or texts, or all."
         return make_batch(self.tokens, items)
@@ -258,23 +254,18 @@ class Channel:
         turn: int | None = None,  # None: the mean over all prompts; else the prompt whose turn it is
     ) -> Tensor:  # [B, U], without bias
         "How much more likely each label makes each unit, in nats."
-        return _gain(self, batch, {i: token_log_probs(self.lm, self.prompts[i], label, batch.packing)
-                                   for i in self._chosen(turn)})
+        chosen = range(len(self.prompts)) if turn is None else [turn % len(self.prompts)]
+        return _gain(self, batch, {i: token_log_probs(self.lm, self.prompts[i], label, batch.packing) for i in chosen})
 
     @torch.no_grad()
     def hard_logits(
         self,
         labels: Tensor,  # long [B, T], token ids of B labels
         batch: Batch,
-        turn: int | None = None,
     ) -> Tensor:  # [B, U], without bias
         "`logits` of labels made of real tokens, without gradient; B may be large."
         label = self.lm.embed(labels)
-        return _gain(self, batch, {i: in_chunks(self.lm, self.prompts[i], label, batch.packing)
-                                   for i in self._chosen(turn)})
-
-    def _chosen(self, turn: int | None) -> Sequence[int]:
-        return range(len(self.prompts)) if turn is None else [turn % len(self.prompts)]
+        return _gain(self, batch, {i: in_chunks(self.lm, p, label, batch.packing) for i, p in enumerate(self.prompts)})
 
 
 def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:

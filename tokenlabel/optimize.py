@@ -8,7 +8,7 @@ __all__ = ['MOST', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v',
            'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
            'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #4cbc3a4e
+# %% ../nbs/06_optimize.ipynb #a9f9b00a
 import base64
 import io
 import json
@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +36,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #2cc93d9e
+# %% ../nbs/06_optimize.ipynb #87dd34c8
 def schedule(
     step: int,
     steps: int,
@@ -48,7 +47,7 @@ def schedule(
     done = step / max(steps - 1, 1)
     return temperature[0] * (temperature[1] / temperature[0]) ** done, ramp[0] + (ramp[1] - ramp[0]) * done
 
-# %% ../nbs/06_optimize.ipynb #77746c92
+# %% ../nbs/06_optimize.ipynb #17927cfa
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -61,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #52f0107b
+# %% ../nbs/06_optimize.ipynb #1abcfc19
 def draw_items(
     active: Tensor,  # long, numbers of the items with something active to fit
     inactive: Tensor,  # long, numbers of the others
@@ -73,7 +72,7 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #f86181bc
+# %% ../nbs/06_optimize.ipynb #b386519e
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -163,7 +162,7 @@ class Search:
         for id in ids: self.met.setdefault(id, (self.done, restart))
         self.times.update(ids)
 
-# %% ../nbs/06_optimize.ipynb #db17c413
+# %% ../nbs/06_optimize.ipynb #5501881e
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -176,17 +175,16 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #56001efe
+# %% ../nbs/06_optimize.ipynb #d3ae3791
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
     ids: Tensor,  # long [C], tokens
     weights: LossWeights,
     batches: Sequence[Batch | DirectBatch],  # what to score them on
-    turn: int | None = None,  # through which prompt; None: all
 ) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss [C], KL [C], logits with bias [C, units of the batches]
     "Losses of single tokens as labels, on the units of the batches that are not held out."
-    z = torch.cat([discriminator.hard_logits(ids[:, None], batch, turn) for batch in batches], 1)
+    z = torch.cat([discriminator.hard_logits(ids[:, None], batch) for batch in batches], 1)
     accuracy, z = fit_logits(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
     return accuracy, -discriminator.log_prior[ids], z
 
@@ -204,15 +202,14 @@ def fit_logits(
     z = scale[:, None] * z + bias[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #4f0476cc
-MOST = 256  # candidates that a first look is taken at
+# %% ../nbs/06_optimize.ipynb #060a3c8e
+MOST = 128  # candidates that a first look is taken at
 
 
 def quick_look(search: Search) -> Batch | DirectBatch:
-    "Half as much as a step sees: the cheapest items to be fitted, in turns one that is active and one that is not."
-    groups = [sorted(group.tolist(), key=search.discriminator.cost) for group in (search.active, search.inactive)]
-    turns = [i for pair in zip_longest(*groups) for i in pair if i is not None]
-    return search.discriminator.batch(sorted(turns[:max(2, search.batch_size // 2)]))
+    "Half as much as a step sees, drawn anew."
+    size = max(2, search.batch_size // 2)
+    return search.discriminator.batch(draw_items(search.active, search.inactive, size, search.generator))
 
 
 def shortlist(
@@ -221,13 +218,13 @@ def shortlist(
 ) -> list[int]:  # token ids
     "The `size` best of the tokens that a search has met, by a quick look, and each restart's own token."
     ids = torch.tensor([id for id, _ in search.times.most_common(MOST)], device=search.v.device)
-    accuracy, kl, _ = score_labels(search.discriminator, ids, search.weights, [quick_look(search)], turn=0)
+    accuracy, kl, _ = score_labels(search.discriminator, ids, search.weights, [quick_look(search)])
     best = (search.weights.accuracy * accuracy + search.weights.kl * kl).topk(min(size, len(ids)), largest=False)
     own = search.log_p(1.0).argmax(-1).tolist()
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #f6bd9392
+# %% ../nbs/06_optimize.ipynb #a49e8524
 def rank_labels(
     discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
@@ -255,7 +252,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #89e43546
+# %% ../nbs/06_optimize.ipynb #870fe811
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -287,7 +284,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #22cbd3b5
+# %% ../nbs/06_optimize.ipynb #6d04fa7c
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -320,7 +317,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #73b1a5b4
+# %% ../nbs/06_optimize.ipynb #be172ae2
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -331,7 +328,7 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #7dfff8ae
+# %% ../nbs/06_optimize.ipynb #ea961359
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -369,7 +366,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #1784fa1b
+# %% ../nbs/06_optimize.ipynb #32182bd6
 DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
@@ -435,7 +432,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #b32b979b
+# %% ../nbs/06_optimize.ipynb #a7b9625d
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -454,7 +451,7 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #50857f1b
+# %% ../nbs/06_optimize.ipynb #ebb3eace
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -469,7 +466,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #ce7c92e7
+# %% ../nbs/06_optimize.ipynb #7371ef5d
 def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])
