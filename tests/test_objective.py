@@ -385,5 +385,18 @@ def test_a_share_of_the_active_class_outside_0_to_1_is_refused(value):
     with pytest.raises(ValueError, match="active="): LossWeights(active=value)
 
 
+def test_data_as_they_are_give_the_plain_mean_even_of_one_class():
+    z, a = normal(3, 7), torch.tensor([1.0, 0, 0, 0, 0, 0, 0.5])
+    plain = binary_cross_entropy_with_logits(z, a.double())
+    assert torch.isclose(balanced_bce(z, a.double(), None), plain)
+    assert torch.isclose(balanced_bce(z, torch.zeros(7).double(), None), torch.nn.functional.softplus(z).mean())
+
+
+def test_uncalibrated_the_objective_takes_the_logits_as_they_are():
+    z, a, log_p = normal(4, 3, 10), (torch.arange(10) < 4).double(), log_softlabel(normal(5, 3, V), 1.0, ADMISSIBLE)
+    losses = objective(z, a, log_p, prior(1), LossWeights(), scale=True, calibrated=False)
+    assert torch.equal(losses.accuracy, balanced_bce(z, a)) and (losses.bias == 0).all() and (losses.scale == 1).all()
+
+
 def test_weights_of_zero_are_fine():
     assert LossWeights(accuracy=0, entropy=0, kl=0).accuracy == 0

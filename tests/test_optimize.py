@@ -1,7 +1,7 @@
 """The optimizer: schedule, sampling, the search on tiny random models, and what becomes of a result."""
 import json
 import math
-import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from test_discriminator import naive_logits
 from transformers import AutoModelForCausalLM
 
 import tokenlabel.optimize as module
+from tokenlabel.direct import Question
 from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
@@ -78,12 +79,12 @@ def same_result(a: LabelResult, b: LabelResult) -> None:
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(2, 300), st.floats(0.1, 10), st.floats(0.01, 1), st.floats(0, 5))
+@given(st.integers(2, 300), st.floats(0.1, 10), st.floats(0.01, 1), st.floats(0, 1))
 @few
-def test_the_schedule_goes_from_its_first_values_to_its_last_and_never_back(steps, first, share, entropy):
+def test_the_schedule_goes_from_its_first_values_to_its_last_and_never_back(steps, first, share, start):
     last = first * share
-    points = [schedule(step, steps, (first, last), entropy) for step in range(steps)]
-    assert points[0] == pytest.approx((first, 0)) and points[-1] == pytest.approx((last, entropy))
+    points = [schedule(step, steps, (first, last), (start, 1.0)) for step in range(steps)]
+    assert points[0] == pytest.approx((first, start)) and points[-1] == pytest.approx((last, 1))
     for (t, w), (next_t, next_w) in zip(points, points[1:]):
         assert next_t <= t * (1 + 1e-12) and next_w >= w
     ratios = [b[0] / a[0] for a, b in zip(points, points[1:])]
@@ -91,7 +92,76 @@ def test_the_schedule_goes_from_its_first_values_to_its_last_and_never_back(step
 
 
 def test_a_schedule_of_one_step_is_its_beginning():
-    assert schedule(0, 1, (1.0, 0.1), 0.2) == (1.0, 0.0)
+    assert schedule(0, 1, (1.0, 0.1), (0.0, 1.0)) == (1.0, 0.0)
+
+
+def test_a_constant_schedule_changes_nothing():
+    assert {schedule(step, 9, (1.0, 1.0), (1.0, 1.0)) for step in range(9)} == {(1.0, 1.0)}
+
+
+# --- the paper's own way --------------------------------------------------------------------------------------------
+
+
+def test_a_direct_search_keeps_its_question_and_comes_back_from_disk(tmp_path):
+    question = Question("Is {word} a {label}?", yes="yes", no="no", chat=False)
+    result = run(discriminator="direct", prompts=question, steps=4)
+    assert Question(**result.settings["prompts"]) == question and result.settings["discriminator"] == "direct"
+    same_result(LabelResult.load(result.save(tmp_path / "direct")), replace(
+        result, settings=json.loads(json.dumps(result.settings))))
+
+
+def test_without_calibration_the_loss_is_that_of_the_logits_as_they_are():
+    lm = make_tiny_lm("llama")
+    judge = channel(lm, tokenize(WORDS, lm))
+    search = Search(judge, calibrated=False, batch_size=16, restarts=1)
+    log_p = search.log_p(1.0)
+    [row] = search.step()
+    z = judge.logits(embed_softlabel(log_p, lm)[:, None], judge.batch(), turn=0)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(z[0], judge.tokens.activation.to(z))
+    assert row["accuracy_loss"] == pytest.approx(loss.item(), rel=1e-5)  # as many active words as inactive ones
+
+
+def test_data_as_they_are_are_drawn_as_they_come():
+    lm = make_tiny_lm("llama")
+    rare = Feature.from_words("cats", ["cat"], ACTIVE[1:] + INACTIVE)
+    judge = channel(lm, tokenize(rare, lm))
+    cat = judge.tokens.activation.argmax().item()
+    drawn = {}
+    for active in (0.5, None):
+        search = Search(judge, weights=LossWeights(active=active), batch_size=4)
+        draws = [draw_items(search.active, search.inactive, 4, search.generator) for _ in range(400)]
+        drawn[active] = np.mean([cat in draw for draw in draws])
+    assert drawn[0.5] == 1 and drawn[None] == pytest.approx(4 / 16, abs=0.08)
+    Search(judge, weights=LossWeights(active=None), batch_size=2, restarts=1).step()  # both may be inactive
+
+
+def test_a_start_from_noise_alone_has_mean_0_and_the_deviation_that_was_asked_for():
+    lm = make_tiny_lm("llama")
+    v = Search(channel(lm, tokenize(WORDS, lm)), init=(0.0, 2.0), restarts=8).v.detach()
+    assert v.mean().abs() < 0.2 and v.std() == pytest.approx(2, abs=0.2)
+
+
+def test_weight_decay_shrinks_v_where_the_gradient_is_zero():
+    lm = make_tiny_lm("llama")
+    search = Search(channel(lm, tokenize(WORDS, lm)), lr=0.5, weight_decay=0.1, restarts=1)
+    outside = (~lm.admissible).nonzero()[0]
+    before = search.v[0, outside].item()
+    search.step()
+    assert search.v[0, outside].item() == pytest.approx(before * (1 - 0.5 * 0.1), rel=1e-5)
+
+
+def test_a_step_looks_through_one_prompt_and_all_turns_together_are_the_mean():
+    lm = make_tiny_lm("llama")
+    judge = channel(lm, tokenize(TEXTS, lm), ["the {label}:", "a red {label} is", "book of {label}."])
+    label, batch = lm.embed(torch.tensor([[5], [9]])), judge.batch()
+    turns = torch.stack([judge.logits(label, batch, turn) for turn in range(3)])
+    assert torch.allclose(turns.mean(0), judge.logits(label, batch), atol=1e-5)
+    assert torch.equal(turns[1], judge.logits(label, batch, turn=4)) and not torch.allclose(turns[0], turns[1], atol=1e-3)
+
+
+def test_numbers_of_numpy_are_settings_like_any_other(tmp_path):
+    result = run(steps=np.int64(3), lr=np.float32(0.5))
+    assert LabelResult.load(result.save(tmp_path / "result")).settings["steps"] == 3
 
 
 # --- drawing sequences ------------------------------------------------------------------------------------------------
