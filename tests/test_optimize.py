@@ -1,6 +1,7 @@
 """The optimizer: schedule, sampling, the search on tiny random models, and what becomes of a result."""
 import json
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
