@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'LossWeights', 'class_weights', 'balanced_bce', 'cross_entropy', 'fit_bias', 'best_bias', 'best_scale',
            'calibrate', 'kl_divergence', 'Losses', 'objective', 'class_accuracy']
 
-# %% ../nbs/05_objective.ipynb #10f92024
+# %% ../nbs/05_objective.ipynb #b3c4b35b
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from .feature import ACTIVE
 from .softlabel import entropy
 
-# %% ../nbs/05_objective.ipynb #c0811e71
+# %% ../nbs/05_objective.ipynb #d0a3e237
 @dataclass(frozen=True)
 class LossWeights:
     """How much each loss counts. Raises ValueError for a negative weight or an `active` outside (0, 1).
@@ -35,7 +35,7 @@ class LossWeights:
         if self.active is not None and not 0 < self.active < 1:
             raise ValueError(f"active={self.active} is not between 0 and 1")
 
-# %% ../nbs/05_objective.ipynb #03da529b
+# %% ../nbs/05_objective.ipynb #0e98e87c
 def class_weights(
     activation: Tensor,  # [U], in [0, 1]
     active: float | None = 0.5,  # share of the active class; None: as many as there are
@@ -69,7 +69,7 @@ def cross_entropy(
     "Binary cross-entropy with given weights."
     return (on * softplus(-z) + off * softplus(z)).sum(-1)
 
-# %% ../nbs/05_objective.ipynb #f68ece5c
+# %% ../nbs/05_objective.ipynb #c1ab9bd2
 def fit_bias(
     z: Tensor,  # [..., U], logits
     activation: Tensor,  # [U], in [0, 1]
@@ -94,7 +94,7 @@ def best_bias(
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
     return (low + high) / 2
 
-# %% ../nbs/05_objective.ipynb #10392008
+# %% ../nbs/05_objective.ipynb #70acef70
 LEAST = 0.25  # lower bound of scale * spread of z
 
 
@@ -133,7 +133,7 @@ def _newton(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e6)
     return s, b
 
-# %% ../nbs/05_objective.ipynb #e20badce
+# %% ../nbs/05_objective.ipynb #0884a477
 @torch.no_grad()
 def calibrate(
     z: Tensor,  # [..., U], logits
@@ -148,7 +148,7 @@ def calibrate(
     weights = class_weights(activation.double(), active, smooth=True)
     return tuple(x.to(z.dtype) for x in best_scale(z.double(), *weights))
 
-# %% ../nbs/05_objective.ipynb #35a65519
+# %% ../nbs/05_objective.ipynb #686c5586
 def kl_divergence(
     log_p: Tensor,  # [..., V], soft labels
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot, averaged over prompts
@@ -156,7 +156,7 @@ def kl_divergence(
     "KL divergence of the soft label from the LM's own expectation, averaged over the prompts."
     return (log_p.exp() * (log_p - log_prior)).sum(-1)
 
-# %% ../nbs/05_objective.ipynb #cedd367a
+# %% ../nbs/05_objective.ipynb #838ee1a2
 class Losses(NamedTuple):
     "The objective and its parts, each [R] for R restarts, in nats."
     total: Tensor
@@ -185,7 +185,7 @@ def objective(
     return Losses(weights.accuracy * accuracy + weights.entropy * h + weights.kl * kl, accuracy, h, kl, bias,
                   factor)
 
-# %% ../nbs/05_objective.ipynb #24a3bcab
+# %% ../nbs/05_objective.ipynb #4e0c4310
 def class_accuracy(
     z: Tensor,  # [..., U], logits with bias
     activation: Tensor,  # [U], in [0, 1]

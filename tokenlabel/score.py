@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['METRICS', 'auroc', 'score', 'chance', 'heldout_table']
 
-# %% ../nbs/08_score.ipynb #d7ce2d7a
+# %% ../nbs/08_score.ipynb #89599d69
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
-# %% ../nbs/08_score.ipynb #4234349e
+# %% ../nbs/08_score.ipynb #a0bd969d
 METRICS = ("auroc", "balanced_accuracy", "f1", "accuracy_active", "accuracy_inactive")
 
 def _is_active(activation: ArrayLike) -> np.ndarray:
@@ -37,7 +37,7 @@ def _scores(z: ArrayLike, active: np.ndarray) -> np.ndarray:
         raise ValueError(f"z must be finite; at unit {bad} it is {z[bad]}")
     return z
 
-# %% ../nbs/08_score.ipynb #fd33a2d0
+# %% ../nbs/08_score.ipynb #1e026b27
 def auroc(
     z: ArrayLike,           # logit per unit, [U]
     activation: ArrayLike,  # activation per unit in [0, 1], [U]; active where >= 0.5
@@ -46,7 +46,7 @@ def auroc(
     active = _is_active(activation)
     return float(roc_auc_score(active, _scores(z, active)))
 
-# %% ../nbs/08_score.ipynb #d9d6bc44
+# %% ../nbs/08_score.ipynb #72c2fe0d
 def _auroc(active: np.ndarray, inactive: np.ndarray) -> np.ndarray:
     "AUROC of each row, from the weight of active and of inactive units in cells sorted by `z`, both [B, K]."
     below = np.cumsum(inactive, axis=1) - inactive / 2
@@ -68,7 +68,7 @@ def _weighted(z: np.ndarray, active: np.ndarray, weight: np.ndarray) -> np.ndarr
     outcome = np.stack([active & fires, active & ~fires, ~active & fires, ~active & ~fires], axis=1)
     return np.column_stack([ranking, _decisions(*(weight @ outcome).T)])
 
-# %% ../nbs/08_score.ipynb #f8fe113f
+# %% ../nbs/08_score.ipynb #ed752431
 def _types(groups: ArrayLike | None, active: np.ndarray) -> np.ndarray:
     "The word type of each unit as a number 0, 1, ...; without groups every unit is a type of its own."
     if groups is None: return np.arange(active.size)
@@ -86,7 +86,7 @@ def _resample(types: np.ndarray, active: np.ndarray, n: int, rng: np.random.Gene
         if k := int(stratum.sum()): drawn[:, stratum] = rng.multinomial(k, np.full(k, 1 / k), size=n)
     return drawn
 
-# %% ../nbs/08_score.ipynb #5017ad83
+# %% ../nbs/08_score.ipynb #be021a80
 def _check(n: int, level: float):
     if n < 1: raise ValueError(f"an interval needs at least one resample, not {n}")
     if not 0 < level < 1: raise ValueError(f"level is the share an interval covers, between 0 and 1, not {level}")
@@ -123,7 +123,7 @@ def score(
                for rows in _parts(n_bootstrap, active.size)]
     return _table(_weighted(z, active, np.ones((1, active.size)))[0], np.concatenate(samples), level)
 
-# %% ../nbs/08_score.ipynb #6f8f7094
+# %% ../nbs/08_score.ipynb #bb62705b
 def chance(
     activation: ArrayLike,             # activation per unit in [0, 1], [U]; active where >= 0.5
     *,
@@ -151,7 +151,7 @@ def chance(
     share = active.mean()
     return _table(np.array([0.5, 0.5, share / (share + 0.5), 0.5, 0.5]), samples, level)
 
-# %% ../nbs/08_score.ipynb #a07bb46e
+# %% ../nbs/08_score.ipynb #8f39c0b2
 def heldout_table(
     z_hard: ArrayLike,                 # logits of the discrete label, [U]
     z_soft: ArrayLike,                 # logits of the soft label, [U]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXCLUDED', 'log_softlabel', 'entropy', 'embed_softlabel', 'top_tokens']
 
-# %% ../nbs/03_softlabel.ipynb #790b3bdd
+# %% ../nbs/03_softlabel.ipynb #5d393bf1
 import torch
 from torch import Tensor
 
 from .lm import LM
 
-# %% ../nbs/03_softlabel.ipynb #1f109ae0
+# %% ../nbs/03_softlabel.ipynb #ac15aed2
 EXCLUDED = -1e9  # a log-probability that is zero as a probability, and finite: 0 * -inf would be NaN
 
 
@@ -26,14 +26,14 @@ def log_softlabel(
     top = scaled.detach().masked_fill(~admissible, -torch.inf).amax(-1, keepdim=True)
     return (scaled - top).clamp(min=EXCLUDED / 10).masked_fill(~admissible, EXCLUDED).log_softmax(-1)
 
-# %% ../nbs/03_softlabel.ipynb #13fb37e0
+# %% ../nbs/03_softlabel.ipynb #6f4f8af8
 def entropy(
     log_p: Tensor,  # [..., V]
 ) -> Tensor:  # [...], in nats
     "Entropy of soft labels."
     return -(log_p.exp() * log_p).sum(-1)
 
-# %% ../nbs/03_softlabel.ipynb #27b90d3b
+# %% ../nbs/03_softlabel.ipynb #d798e2f3
 def embed_softlabel(
     log_p: Tensor,  # [..., V]
     lm: LM,
@@ -41,7 +41,7 @@ def embed_softlabel(
     "The mean embedding of the soft label's tokens, as the model's first layer takes it."
     return log_p.exp().to(lm.dtype) @ lm.embedding * lm.embed_scale
 
-# %% ../nbs/03_softlabel.ipynb #7aebae5a
+# %% ../nbs/03_softlabel.ipynb #2358ec44
 def top_tokens(
     log_p: Tensor,  # [V], one soft label
     lm: LM,
