@@ -7,7 +7,7 @@ __all__ = ['SLOTS', 'QUESTIONS', 'PAPER_QUESTIONS', 'READ', 'LABELS', 'UNITS', '
            'examples', 'encode_examples', 'Past', 'gather', 'forward', 'read_on', 'nothing', 'Level', 'split_levels',
            'past_of', 'read_levels', 'mean_log_prior', 'DirectBatch', 'Direct', 'direct']
 
-# %% ../nbs/04b_direct.ipynb #446a58d8
+# %% ../nbs/04b_direct.ipynb #150555f8
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04b_direct.ipynb #6263b631
+# %% ../nbs/04b_direct.ipynb #75fed3a3
 @dataclass(frozen=True)
 class Question:
     "A yes-or-no question about a label; slots {word}, or {text} and {token}, and then {label}."
@@ -50,7 +50,7 @@ class Question:
         "The question as plain text, one turn a line."
         return "".join(content + "\n" for _, content in self.turns()) + self.answer
 
-# %% ../nbs/04b_direct.ipynb #ba0e7811
+# %% ../nbs/04b_direct.ipynb #c7c272dc
 def render(
     question: Question,
     lm: LM,
@@ -67,7 +67,7 @@ def render(
         text = write([first | {"content": f"{question.system}\n\n{first['content']}"}, *rest])
     return text + question.answer, True
 
-# %% ../nbs/04b_direct.ipynb #4e3b7fcf
+# %% ../nbs/04b_direct.ipynb #fa742736
 SLOTS = {"words": ("word",), "texts": ("text", "token")}
 
 
@@ -88,7 +88,7 @@ def split_prompt(
 
 def _slots(names: Sequence[str]) -> str: return ", ".join(f"{{{name}}}" for name in names)
 
-# %% ../nbs/04b_direct.ipynb #76521443
+# %% ../nbs/04b_direct.ipynb #9d75ff99
 def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of yes, no
     "First tokens of the two answers; raises ValueError if an answer is empty or both begin alike."
     ids = [lm.encode(answer) for answer in (question.yes, question.no)]
@@ -97,7 +97,7 @@ def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of y
         raise ValueError(f"the answers {shown} have to differ in their first token")
     return ids[0][0], ids[1][0]
 
-# %% ../nbs/04b_direct.ipynb #a24088f0
+# %% ../nbs/04b_direct.ipynb #285ee0db
 _YES_OR_NO = "Answer each question with Yes or No."
 
 QUESTIONS = {
@@ -129,7 +129,7 @@ PAPER_QUESTIONS = {
             ('Text: "The word amour is old."\nPart: "old"\nIs this part an example of French?', "no"))),
 }
 
-# %% ../nbs/04b_direct.ipynb #702ddb65
+# %% ../nbs/04b_direct.ipynb #384a1fde
 def examples(
     tokens: TokenizedFeature,
     lm: LM,
@@ -155,7 +155,7 @@ def encode_examples(
     encode = (lambda text: lm.tokenizer(text, add_special_tokens=False).input_ids) if chat else lm.encode_start
     return [encode(re.sub(r"\{(word|text|token)\}", lambda slot: values[slot[1]], before)) for values in filled]
 
-# %% ../nbs/04b_direct.ipynb #f38ded54
+# %% ../nbs/04b_direct.ipynb #bbafaccd
 class Past(NamedTuple):
     "What a model keeps of R rows that it has read."
     layers: tuple[tuple[Tensor, Tensor], ...]  # of each layer: keys and values, [R, heads, W, d_head]
@@ -192,7 +192,7 @@ def forward(
                                  past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, cache
 
-# %% ../nbs/04b_direct.ipynb #f634d91c
+# %% ../nbs/04b_direct.ipynb #76b02c76
 @torch.no_grad()
 def read_on(
     lm: LM,
@@ -213,7 +213,7 @@ def nothing(lm: LM) -> Past:
     "The past of a row that has read nothing."
     return Past((), torch.zeros(1, 0, dtype=torch.bool, device=lm.device))
 
-# %% ../nbs/04b_direct.ipynb #965617f3
+# %% ../nbs/04b_direct.ipynb #eeba9d4e
 class Level(NamedTuple):
     "Parts of prompts: R rows, each of which continues a row of the level above."
     ids: list[list[int]]  # R
@@ -240,7 +240,7 @@ def split_levels(
             for u in units: start[u], row[u] = end, n
     return levels
 
-# %% ../nbs/04b_direct.ipynb #c68cd905
+# %% ../nbs/04b_direct.ipynb #001af587
 def past_of(
     lm: LM,
     levels: Sequence[Level],
@@ -255,7 +255,7 @@ def past_of(
     own, _ = read_on(lm, before, [level.ids[row] for row in rows.tolist()])
     return gather((before, everything), (own, everything))
 
-# %% ../nbs/04b_direct.ipynb #4264ee8c
+# %% ../nbs/04b_direct.ipynb #aa93cc76
 READ = 4096  # positions, with those read before, of one forward pass without gradient
 
 
@@ -293,7 +293,7 @@ def _put(own: Past, store: Past, rows: Tensor) -> None:
     for new, old in zip(own.layers, store.layers):
         for a, b in zip(new, old): b[here, :, :W] = a
 
-# %% ../nbs/04b_direct.ipynb #21cba150
+# %% ../nbs/04b_direct.ipynb #b67a6b1a
 @torch.no_grad()
 def mean_log_prior(
     lm: LM,
@@ -305,7 +305,7 @@ def mean_log_prior(
         total += lm.logits(part).double().masked_fill(~lm.admissible, EXCLUDED).log_softmax(-1).sum(0)
     return (total / len(hidden)).float()
 
-# %% ../nbs/04b_direct.ipynb #5fa6295e
+# %% ../nbs/04b_direct.ipynb #8a4d1ff8
 LABELS = 1024  # labels embedded at once by `hard_logits`
 UNITS = 64  # examples in one of the `batches`
 
@@ -384,7 +384,7 @@ def _ask(
     yes, no = _logits(hidden[:, -1].float(), Head(*rows), lm.logit_scale, lm.softcap).unbind(-1)
     return yes - no
 
-# %% ../nbs/04b_direct.ipynb #13863295
+# %% ../nbs/04b_direct.ipynb #3b2ae2da
 def direct(
     lm: LM,
     tokens: TokenizedFeature,
