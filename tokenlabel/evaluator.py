@@ -6,7 +6,7 @@
 __all__ = ['DISTRACTORS', 'EXPECTED', 'MOST', 'AUROC', 'LOW', 'spellings', 'sample_items', 'decide', 'EvaluatorCheck', 'headline',
            'shown', 'check_evaluator', 'right_labels']
 
-# %% ../nbs/06b_evaluator.ipynb #84a309ac
+# %% ../nbs/06b_evaluator.ipynb #463bcbcc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .objective import LossWeights
 from .optimize import DISCRIMINATORS, draw_items, rank_labels
 from .score import score
 
-# %% ../nbs/06b_evaluator.ipynb #4864d2d5
+# %% ../nbs/06b_evaluator.ipynb #17985296
 def spellings(
     word: str,
     lm: LM,
@@ -32,11 +32,11 @@ def spellings(
     forms = (lm.encode(space + form) for form in (word, word[:1].upper() + word[1:]) for space in (" ", ""))
     return list(dict.fromkeys(ids[0] for ids in forms if len(ids) == 1 and lm.admissible[ids[0]]))
 
-# %% ../nbs/06b_evaluator.ipynb #866aa216
+# %% ../nbs/06b_evaluator.ipynb #a94ad205
 DISTRACTORS = ("thing", "word", "name", "person", "animal", "plant", "food", "number", "language")
 EXPECTED = 4  # of the LM's most expected labels
 
-# %% ../nbs/06b_evaluator.ipynb #c3577bdc
+# %% ../nbs/06b_evaluator.ipynb #75c705da
 MOST = {"words": 64, "texts": 16}
 
 
@@ -53,7 +53,7 @@ def sample_items(
     chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])
 
-# %% ../nbs/06b_evaluator.ipynb #5ad56093
+# %% ../nbs/06b_evaluator.ipynb #c0ec3841
 AUROC = 0.8  # the right label must reach this,
 LOW = 0.7  # and the lower end of its 95 % interval must be above this
 
@@ -75,7 +75,7 @@ def decide(
                                f"{found}, and {first.label!r} has the lower loss, {first.loss:.3f} against "
                                f"{right.loss:.3f}, {why}. A run is likely to end there.")
 
-# %% ../nbs/06b_evaluator.ipynb #552d7dd6
+# %% ../nbs/06b_evaluator.ipynb #db8f21d3
 @dataclass(frozen=True, eq=False, repr=False)
 class EvaluatorCheck:
     "What `check_evaluator` found."
@@ -104,7 +104,7 @@ def shown(check: EvaluatorCheck, rows: int = 8) -> pd.DataFrame:
     table.columns = table.columns.str.replace("_", " ")
     return table[check.table.is_right | (table.index < rows)].rename(index=lambda row: row + 1)
 
-# %% ../nbs/06b_evaluator.ipynb #50ed6e0d
+# %% ../nbs/06b_evaluator.ipynb #9af12c64
 def check_evaluator(
     feature: Feature,
     lm: LM,
