@@ -50,7 +50,7 @@ def optimizer(monkeypatch):
             return made
         monkeypatch.setitem(sys.modules, "tokenlabel.optimize",
                             SimpleNamespace(label_feature=label_feature, LossWeights=lambda **weights: weights))
-        monkeypatch.setitem(sys.modules, "tokenlabel.lm", SimpleNamespace(load_lm=lambda source: f"model {source}"))
+        monkeypatch.setitem(sys.modules, "tokenlabel.lm", SimpleNamespace(load_lm=lambda source, dtype: f"model {source}"))
         return calls
     return put
 
