@@ -362,7 +362,8 @@ def test_a_job_that_fails_stops_the_others(tiny, tmp_path):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell that runs tests in the background has it ignored
 from tokenlabel import Feature, load_lm
 from tokenlabel.experiment import Job, label_all
 feature = Feature.from_words("animals", ["cat", "dog", "horse"], ["house", "car", "book"])
@@ -382,7 +383,8 @@ def test_no_worker_outlives_the_process_that_started_it(how, tiny, tiny_folder, 
     assert len(workers) == 2
     script.send_signal(how)
     start = time.monotonic()
-    out, err = script.communicate(timeout=20)
+    try: out, err = script.communicate(timeout=20)
+    finally: script.kill()
     wait_until(lambda: not any(Path("/proc", str(pid)).exists() for pid in workers), 5)
     assert time.monotonic() - start < 5
     assert err.strip().splitlines()[-1:] == (["KeyboardInterrupt"] if how == signal.SIGINT else []), err

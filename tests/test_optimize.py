@@ -233,7 +233,8 @@ def test_the_trace_has_a_row_for_each_step_and_restart(result):
     trace = result.trace
     assert list(zip(trace.step, trace.restart)) == [(s, r) for s in range(12) for r in range(2)]
     for row in trace.itertuples():
-        assert (row.temperature, row.entropy_weight) == pytest.approx(schedule(row.step, 12, (1.0, 0.1), 0.2))
+        temperature, share = schedule(row.step, 12, (1.0, 0.1), (0.0, 1.0))
+        assert (row.temperature, row.entropy_weight) == pytest.approx((temperature, share * 0.2))
         assert row.loss == pytest.approx(row.accuracy_loss + row.entropy_weight * row.entropy
                                          + LossWeights().kl * row.kl, rel=1e-4)
         assert len(row.tokens) == len(row.probabilities) == 10
@@ -279,13 +280,13 @@ def test_the_objective_falls():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_label_is_among_the_best_tokens_there_are(family):
-    # the whole vocabulary as the yardstick; a random token has rank 0.5 on average, the best one 0
+    # all 169 tokens that may be a label as the yardstick; a random one has rank 0.5 on average, the best one 0
     lm = make_tiny_lm(family)
     everything, _ = rank_labels(channel(lm, tokenize(WORDS, lm)), lm.admissible.nonzero()[:, 0].tolist(), LossWeights())
     for steps in (4, 40):  # the gradient points to good tokens from the first steps on
         found = run(family=family, steps=steps, restarts=3, heldout=0)
         rank = [(everything.loss < loss - 1e-6).mean() for loss in found.ranking.loss]
-        assert found.label == found.ranking.label[0] and rank[0] < 0.005 and np.median(rank) < 0.2, rank
+        assert found.label == found.ranking.label[0] and rank[0] < 0.01 and np.median(rank) < 0.25, rank
 
 
 def test_a_step_is_one_of_adam_on_the_objective():
@@ -298,7 +299,7 @@ def test_a_step_is_one_of_adam_on_the_objective():
     for step in range(6):
         tau, entropy_weight = 2.0 * 0.25 ** (step / 5), 0.5 * step / 5
         log_p = log_softlabel(v, tau, lm.admissible)
-        z = judge.logits(embed_softlabel(log_p, lm)[:, None], make_batch(tokens))[:, fit]
+        z = judge.logits(embed_softlabel(log_p, lm)[:, None], make_batch(tokens), turn=step)[:, fit]
         losses = objective(z, tokens.activation[fit], log_p, judge.log_prior,
                            LossWeights(1.0, entropy_weight, 0.1, 0.4))
         adam.zero_grad()
@@ -489,14 +490,14 @@ def test_an_interrupted_search_gives_what_it_has(monkeypatch, mode):
 
 
 def test_an_interrupt_in_the_middle_of_a_step_leaves_whole_steps(monkeypatch):
-    real, calls = torch.optim.Adam.step, []
+    real, calls = torch.optim.AdamW.step, []
 
     def adam_step(self, *args):
         real(self, *args)
         calls.append(1)
         if len(calls) == 4: raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", adam_step)
     result = run()
     assert result.interrupted and result.trace.step.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.isfinite(result.ranking.loss).all() and math.isfinite(result.soft["loss"])
