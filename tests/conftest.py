@@ -1,4 +1,5 @@
 """Fixtures for all tests: the default model, and tiny random models of several families."""
+import signal
 from functools import lru_cache
 
 import pytest
@@ -7,6 +8,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tokenlabel.lm import LM, load_lm
+
+# A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "gemma3", "gpt_neox", "phi", "opt")
 

@@ -96,7 +96,7 @@ def test_bfloat16_stays_near_the_naive_one_in_bfloat16(family):
     label = soft_labels(lm, 1, 2, 1)
     fast = judge.logits(label, judge.batch())
     slow = torch.stack([naive_logits(lm, CASES["words"][1], one) for one in label])
-    assert fast.dtype == torch.float32 and slow.std() > 0.3
+    assert fast.dtype == torch.float32 and slow.std() > 0.2
     assert close(fast, slow, 0.03)  # two logits of size 2, with 8 bits each
 
 

@@ -141,8 +141,8 @@ def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) 
 # the notebooks
 
 def test_the_animals_experiment_runs_and_leaves_figures_and_verdicts(tmp_path):
-    executed = run_experiment("animals", {"quick": True, "steps": 8}, figures=tmp_path / "figures", runs=tmp_path / "runs",
-                              progress=False)
+    small = {"seeds": 1, "words": 32, "texts": 8, "steps": 4, "restarts": 1}
+    executed = run_experiment("animals", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"animals_{form}.{kind}" for form in ("words", "texts") for kind in ("pdf", "png")} | {"animals.json"}
     words, texts = load_verdicts(tmp_path / "figures")
@@ -154,7 +154,7 @@ def test_the_animals_experiment_runs_and_leaves_figures_and_verdicts(tmp_path):
 def test_the_papers_preset_runs_on_another_model(tmp_path):
     "Direct, from noise, with constant weights; two steps tell that all fits together."
     _, folder = _locate(None)  # Llama-3-8B is not at hand
-    run_experiment("numbers", {"preset": "paper", "lm": str(folder), "quick": True, "steps": 2},
+    run_experiment("numbers", {"preset": "paper", "lm": str(folder), "seeds": 1, "words": 16, "steps": 2},
                    figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     [made] = load_verdicts(tmp_path / "figures")
     assert (made.preset, made.discriminator) == ("paper", "direct")
