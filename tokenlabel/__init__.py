@@ -6,10 +6,10 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['load_lm', 'LM', 'Feature', 'synthetic', 'label_feature', 'LabelResult', 'LossWeights', 'check_evaluator']
 
-# %% ../nbs/13_api.ipynb #68fb168c
+# %% ../nbs/13_api.ipynb #fd92d774
 from importlib import import_module
 
-# %% ../nbs/13_api.ipynb #3e777dc9
+# %% ../nbs/13_api.ipynb #b3cdcfef
 _home = {
     "load_lm": "lm",
     "LM": "lm",
@@ -23,7 +23,7 @@ _home = {
 # nbdev makes `__all__` of this, and can only read a plain list.
 _all_ = ["load_lm", "LM", "Feature", "synthetic", "label_feature", "LabelResult", "LossWeights", "check_evaluator"]
 
-# %% ../nbs/13_api.ipynb #3120ce04
+# %% ../nbs/13_api.ipynb #796ed9b8
 def __getattr__(name):
     if name not in _home: raise AttributeError(f"module 'tokenlabel' has no attribute {name!r}")
     module = _home[name]

@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'POSITIONS', 'Prompt', 'read_p
            'attention_mask', 'token_log_probs', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches',
            'Channel', 'channel', 'check_length']
 
-# %% ../nbs/04_discriminator.ipynb #9b8c676a
+# %% ../nbs/04_discriminator.ipynb #2d419146
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .feature import TokenizedFeature
 from .lm import LM
 from .softlabel import EXCLUDED
 
-# %% ../nbs/04_discriminator.ipynb #7981fac6
+# %% ../nbs/04_discriminator.ipynb #0f37d857
 PROMPTS = {
     "words": ("Here are some {label}:", "A list of {label}:"),
     "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
@@ -53,7 +53,7 @@ def read_prompt(
     return Prompt(text, tuple(ids), tuple(lm.encode(rest[0])),
                   tuple((layer.keys, layer.values) for layer in cache.layers), log_prior)
 
-# %% ../nbs/04_discriminator.ipynb #44788372
+# %% ../nbs/04_discriminator.ipynb #1e6e9900
 @dataclass(frozen=True, eq=False)
 class Packing:
     "S token sequences with N tokens in all, laid out in K rows of P positions behind the prompt."
@@ -84,7 +84,7 @@ def pack(
               for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
     return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
 
-# %% ../nbs/04_discriminator.ipynb #ec014a81
+# %% ../nbs/04_discriminator.ipynb #7c637155
 def forward_rows(
     lm: LM,
     prompt: Prompt,
@@ -120,7 +120,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-# %% ../nbs/04_discriminator.ipynb #037fbc68
+# %% ../nbs/04_discriminator.ipynb #7ee46094
 BLOCK = 2**23  # numbers in a block of logits, 32 MB
 
 
@@ -143,7 +143,7 @@ def token_log_probs(
         found.append(logits[:, column, packing.target[tokens]] - logits.logsumexp(-1)[:, column])
     return torch.cat(found, 1)[:, by_place.argsort()]
 
-# %% ../nbs/04_discriminator.ipynb #ecbd8a1b
+# %% ../nbs/04_discriminator.ipynb #58d8b0c2
 EXPECTED_LABELS = 16
 
 
@@ -179,7 +179,7 @@ def in_chunks(
     size = max(1, POSITIONS // (rows * (label.shape[1] + len(prompt.after) + width)))
     return torch.cat([token_log_probs(lm, prompt, part, packing) for part in label.split(size)])
 
-# %% ../nbs/04_discriminator.ipynb #f83167e9
+# %% ../nbs/04_discriminator.ipynb #fdea279b
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Some sequences of a feature, ready for the forward pass: N tokens in U units."
@@ -214,7 +214,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #403606d6
+# %% ../nbs/04_discriminator.ipynb #4d754486
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."

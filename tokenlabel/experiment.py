@@ -9,7 +9,7 @@ __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_param
            'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
            'fastest_layout', 'Display', 'label_all']
 
-# %% ../nbs/11_experiment.ipynb #eff84549
+# %% ../nbs/11_experiment.ipynb #c5f7b7c4
 import ast
 import hashlib
 import json
@@ -42,7 +42,7 @@ import tokenlabel
 
 _package = Path(tokenlabel.__file__).resolve().parent
 
-# %% ../nbs/11_experiment.ipynb #4130f420
+# %% ../nbs/11_experiment.ipynb #617458c8
 def list_experiments() -> dict[str, Path]:
     "The experiment notebooks of the source checkout that this package runs from, by name."
     root = _package.parent
@@ -51,7 +51,7 @@ def list_experiments() -> dict[str, Path]:
                                 "and install from there with `pip install -e .`, or give the path of a notebook")
     return {path.stem: path for path in sorted((root / "nbs" / "experiments").glob("*.ipynb"))}
 
-# %% ../nbs/11_experiment.ipynb #c0380110
+# %% ../nbs/11_experiment.ipynb #bff074f6
 def find_experiment(name_or_path: str | Path) -> Path:
     "The notebook of that name among `list_experiments()`, or at that path."
     path = Path(name_or_path)
@@ -68,7 +68,7 @@ def _nearest(name: str, names) -> str:
     close = get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/11_experiment.ipynb #2aab2bf2
+# %% ../nbs/11_experiment.ipynb #24897abf
 _types = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
 
 def _fits(value, annotation: str) -> bool:
@@ -91,7 +91,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         if not _fits(value, wanted):
             raise ValueError(f"parameter {name!r} of {notebook.name} must be {wanted}, not {value!r}")
 
-# %% ../nbs/11_experiment.ipynb #93b731c1
+# %% ../nbs/11_experiment.ipynb #a4204316
 class ExperimentError(RuntimeError):
     "A cell of an experiment notebook failed. The message has the cell, the error and where the notebook was kept."
 
@@ -102,7 +102,7 @@ def _cell_error(error) -> str:
     traceback = re.sub("\x1b\\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
     return "\n".join([f"in cell [{error.exec_count}]:", "", *(f"    {line}" for line in excerpt), "", *traceback[-12:]])
 
-# %% ../nbs/11_experiment.ipynb #778eea9d
+# %% ../nbs/11_experiment.ipynb #ab7e359a
 def notebook_errors(
     nb,   # an executed notebook, as nbformat reads it
 ) -> list[str]:
@@ -119,7 +119,7 @@ def notebook_errors(
             found.append(f"{place}: {text.strip().splitlines()[-1]}")
     return found
 
-# %% ../nbs/11_experiment.ipynb #94d2cf5d
+# %% ../nbs/11_experiment.ipynb #12fd2401
 def _publish(staging: Path, figures: Path) -> list[Path]:
     "Put the files of `staging` into `figures`, over files of the same names; returns where they are."
     sources = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -134,7 +134,7 @@ def _publish(staging: Path, figures: Path) -> list[Path]:
         for new in hidden: new.unlink(missing_ok=True)   # there are some if the disk was full
     return targets
 
-# %% ../nbs/11_experiment.ipynb #36683d12
+# %% ../nbs/11_experiment.ipynb #14dfff91
 def _kernel_manager() -> type:
     "A kernel manager class that starts `python3` with the running interpreter."
     from jupyter_client.kernelspec import KernelSpecManager
@@ -147,7 +147,7 @@ def _kernel_manager() -> type:
 
     return ThisPython
 
-# %% ../nbs/11_experiment.ipynb #7fae9c47
+# %% ../nbs/11_experiment.ipynb #7d913bb9
 def run_experiment(
     name_or_path: str | Path,        # one of `list_experiments()`, or a notebook
     parameters: dict[str, Any],      # values for the cell tagged `parameters`, all but `figures` and `runs`
@@ -198,7 +198,7 @@ def run_experiment(
                               f"The figures in {figures} are as they were.")
     return kept
 
-# %% ../nbs/11_experiment.ipynb #d1613f18
+# %% ../nbs/11_experiment.ipynb #22becca0
 def _as_json(value):
     "What `json.dumps` shall write for a value it does not know."
     if hasattr(value, "fingerprint"):
@@ -212,7 +212,7 @@ def content_hash(key: dict) -> str:
     canonical = json.dumps(key, default=_as_json, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
-# %% ../nbs/11_experiment.ipynb #a90bfd54
+# %% ../nbs/11_experiment.ipynb #db9dec4c
 _not_numeric = {"__init__", "_modidx", "cli", "experiment", "evaluator", "paper", "plot",
                 "synthetic"}   # what it makes is in the key, as data
 
@@ -225,7 +225,7 @@ def code_version() -> str:
 @lru_cache
 def _syntax(source: str) -> str: return ast.dump(ast.parse(source))
 
-# %% ../nbs/11_experiment.ipynb #e89a4492
+# %% ../nbs/11_experiment.ipynb #5fb06c52
 def cache_entry(
     key: dict,    # all that a result depends on, apart from the code
     runs: Path,
@@ -255,7 +255,7 @@ def write_entry(
             if not entry.exists(): raise   # else another process was quicker, and has written the same
     finally: shutil.rmtree(work)
 
-# %% ../nbs/11_experiment.ipynb #fb91542f
+# %% ../nbs/11_experiment.ipynb #fdef7073
 def cached_result(
     compute: Callable[[], Any],        # gives an object with a method `save(folder)`
     key: dict,                         # all that the result depends on, apart from the code
@@ -271,7 +271,7 @@ def cached_result(
     write_entry(entry, result)
     return load(entry)
 
-# %% ../nbs/11_experiment.ipynb #8ffd2ebf
+# %% ../nbs/11_experiment.ipynb #bef4a0bd
 def cached_label(
     feature,                # a `Feature`
     lm,                     # an `LM`
@@ -287,7 +287,7 @@ def cached_label(
 
 def _label_key(feature, lm, options: dict) -> dict: return {"feature": feature, "lm": lm, "options": options}
 
-# %% ../nbs/11_experiment.ipynb #05e56eb4
+# %% ../nbs/11_experiment.ipynb #cd1c52a0
 @dataclass(frozen=True)
 class Job:
     "A run for `label_all`."
@@ -295,7 +295,7 @@ class Job:
     feature: Any    # a `Feature`
     options: dict   # more arguments of `label_feature`: JSON values and `LossWeights`
 
-# %% ../nbs/11_experiment.ipynb #9fdda96e
+# %% ../nbs/11_experiment.ipynb #8226bbe8
 def work() -> None:
     "The life of a worker: load a model, do calls and tell how they go, and end when the socket is closed."
     connection, inbox = Connection(0), SimpleQueue()
@@ -316,7 +316,7 @@ def work() -> None:
         with suppress(BrokenPipeError):
             connection.send(("failed", (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
-# %% ../nbs/11_experiment.ipynb #503fcfc8
+# %% ../nbs/11_experiment.ipynb #e6054592
 def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int):
     "The `LM` of the process that started this one."
     import torch
@@ -328,7 +328,7 @@ def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int)
                          "after loading. With processes=1 the one in memory is used")
     return lm
 
-# %% ../nbs/11_experiment.ipynb #6dc86bd6
+# %% ../nbs/11_experiment.ipynb #666bd64b
 @dataclass(frozen=True)
 class Worker:
     "A process that does calls, and the socket to it."
@@ -364,7 +364,7 @@ def start_workers(
 def _send(worker: Worker, message) -> None:
     with suppress(BrokenPipeError, ConnectionResetError): worker.connection.send(message)   # if it died, `wait` tells
 
-# %% ../nbs/11_experiment.ipynb #a072d4d3
+# %% ../nbs/11_experiment.ipynb #ad7737a9
 @dataclass(frozen=True)
 class Call:
     "Something for a worker to do."
@@ -409,7 +409,7 @@ def _obituary(name: str, status: int, processes: int) -> str:
     return (f"{name}: its process {how}. A machine that is out of memory kills processes; if that was it, use fewer "
             f"than {processes} (argument `processes`). Finished runs are kept")
 
-# %% ../nbs/11_experiment.ipynb #60f82277
+# %% ../nbs/11_experiment.ipynb #bbed9562
 def time_steps(
     lm,
     report,              # not used
@@ -426,7 +426,7 @@ def time_steps(
         lm.logits(hidden).logsumexp(-1).sum().backward()
     return steps / (time.perf_counter() - start)
 
-# %% ../nbs/11_experiment.ipynb #62078805
+# %% ../nbs/11_experiment.ipynb #5a10db17
 _cgroup = Path("/sys/fs/cgroup")   # the limits of a container, on Linux
 
 def available_cpus() -> int:
@@ -445,7 +445,7 @@ def available_memory() -> int:
         return min(free, int((_cgroup / "memory.max").read_text()) - used)
     except (OSError, ValueError): return free
 
-# %% ../nbs/11_experiment.ipynb #d308b6d5
+# %% ../nbs/11_experiment.ipynb #8b436fb4
 WORKING_MEMORY = 1.7e9   # bytes, besides the weights
 
 def processes_in_memory(lm) -> int:
@@ -454,7 +454,7 @@ def processes_in_memory(lm) -> int:
     fit = int(available_memory() // (weights + WORKING_MEMORY))
     return 1 << max(0, fit.bit_length() - 1)
 
-# %% ../nbs/11_experiment.ipynb #cff0b14f
+# %% ../nbs/11_experiment.ipynb #6327d131
 @dataclass(frozen=True)
 class Layout:
     "A way to share the processors among runs, and how fast it is."
@@ -479,7 +479,7 @@ def measure_layouts(lm, layouts: list[tuple[int, int]]) -> list[Layout]:
             measured.append(Layout(processes, threads, sum(speeds(processes, threads=threads))))
     return measured
 
-# %% ../nbs/11_experiment.ipynb #0409a965
+# %% ../nbs/11_experiment.ipynb #9a1548f0
 def fastest_layout(
     lm,
     jobs: int,    # how many runs of equal length there are
@@ -501,7 +501,7 @@ def _layout_file(lm, layouts: list[tuple[int, int]], runs: Path) -> Path:
     key = {"lm": lm, "layouts": layouts, "torch": version("torch")}
     return Path(runs) / f"layouts-{content_hash(key)[:12]}.json"
 
-# %% ../nbs/11_experiment.ipynb #adcfc7bc
+# %% ../nbs/11_experiment.ipynb #ef47fc4a
 def _is_watched() -> bool:
     "Whether standard output goes to a terminal or to a person's notebook."
     if sys.stdout.isatty(): return True
@@ -543,7 +543,7 @@ class Display:
                        f"({self.kept + self.finished} of {self.kept + len(self.names)} done{rest})")
         sys.stdout.flush()
 
-# %% ../nbs/11_experiment.ipynb #9dacd71a
+# %% ../nbs/11_experiment.ipynb #14434c84
 def _label_into(lm, report, feature, options: dict, entry: Path) -> None:
     "Label a feature and keep the result as `entry`."
     from tokenlabel.optimize import label_feature
@@ -567,7 +567,7 @@ def _run_here(lm, calls, processes: int, threads: int, report) -> Iterator[tuple
 def _run_side_by_side(lm, calls, processes: int, threads: int, report) -> Iterator[tuple[int, Any]]:
     with start_workers(min(processes, len(calls)), threads, lm) as team: yield from run_calls(team, calls, report)
 
-# %% ../nbs/11_experiment.ipynb #050f0c35
+# %% ../nbs/11_experiment.ipynb #6dbbcb30
 def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | None) -> tuple[int, int, str]:
     "Processes, threads of each, and why so."
     import torch
@@ -578,9 +578,9 @@ def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | Non
     if processes: return processes, threads or max(1, cpus // processes), "as asked for"
     if threads: return min(max(1, cpus // threads), processes_in_memory(lm)), threads, "threads as asked for"
     fastest = fastest_layout(lm, jobs, runs)
-    return fastest.processes, fastest.threads, f"the fastest, by a measurement that is kept in {runs}"
+    return fastest.processes, fastest.threads, "the fastest, by a measurement that is kept with the results"
 
-# %% ../nbs/11_experiment.ipynb #40e8086a
+# %% ../nbs/11_experiment.ipynb #132f4c50
 def label_all(
     jobs: list[Job],
     lm,                             # an `LM`

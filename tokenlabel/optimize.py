@@ -8,7 +8,7 @@ __all__ = ['MOST', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'schedule', 'initial_v',
            'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
            'label_feature']
 
-# %% ../nbs/06_optimize.ipynb #d0cdc2b2
+# %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
 
-# %% ../nbs/06_optimize.ipynb #7a5f18b8
+# %% ../nbs/06_optimize.ipynb #a69b4c56
 def schedule(
     step: int,
     steps: int,
@@ -47,7 +47,7 @@ def schedule(
     done = step / max(steps - 1, 1)
     return temperature[0] * (temperature[1] / temperature[0]) ** done, ramp[0] + (ramp[1] - ramp[0]) * done
 
-# %% ../nbs/06_optimize.ipynb #94d23bb8
+# %% ../nbs/06_optimize.ipynb #b2adb1d2
 def initial_v(
     log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot
     restarts: int,
@@ -60,7 +60,7 @@ def initial_v(
     prior = tilt * (log_prior - log_prior.max()).clamp(min=-50)
     return prior + noise * torch.randn(restarts, len(prior), generator=generator).to(prior)
 
-# %% ../nbs/06_optimize.ipynb #d6828d66
+# %% ../nbs/06_optimize.ipynb #bc2a3754
 def draw_items(
     active: Tensor,  # long, numbers of the items with something active to fit
     inactive: Tensor,  # long, numbers of the others
@@ -72,7 +72,7 @@ def draw_items(
     shuffled = [group[torch.randperm(len(group), generator=generator)] for group in (active, inactive)]
     return torch.cat([shuffled[0][:on], shuffled[1][:size - on]]).sort().values.tolist()
 
-# %% ../nbs/06_optimize.ipynb #be1de3a4
+# %% ../nbs/06_optimize.ipynb #c7430e6a
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -162,7 +162,7 @@ class Search:
         for id in ids: self.met.setdefault(id, (self.done, restart))
         self.times.update(ids)
 
-# %% ../nbs/06_optimize.ipynb #42a0d46d
+# %% ../nbs/06_optimize.ipynb #c3011678
 def has_collapsed(
     rows: Sequence[dict],  # the trace so far, R rows per step
     restarts: int,
@@ -175,7 +175,7 @@ def has_collapsed(
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(row["probabilities"][0] > surety for row in last)
 
-# %% ../nbs/06_optimize.ipynb #2df36dcf
+# %% ../nbs/06_optimize.ipynb #5efb2a99
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
@@ -202,7 +202,7 @@ def fit_logits(
     z = scale[:, None] * z + bias[:, None]
     return balanced_bce(z[:, fit], activation[fit], weights.active, smooth=scaled), z
 
-# %% ../nbs/06_optimize.ipynb #c0e74f4b
+# %% ../nbs/06_optimize.ipynb #d8a3f350
 MOST = 128  # candidates that a first look is taken at
 
 
@@ -224,7 +224,7 @@ def shortlist(
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids[best.indices].tolist()))
 
-# %% ../nbs/06_optimize.ipynb #011cb4d7
+# %% ../nbs/06_optimize.ipynb #28afafee
 def rank_labels(
     discriminator: Channel | Direct,
     ids: Sequence[int],  # C tokens
@@ -252,7 +252,7 @@ def rank_labels(
 def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
     return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
 
-# %% ../nbs/06_optimize.ipynb #1c3ebd07
+# %% ../nbs/06_optimize.ipynb #19b3483d
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
     "What `label_feature` found."
@@ -284,7 +284,7 @@ class LabelResult:
 
     def _repr_html_(self) -> str: return result_html(self)
 
-# %% ../nbs/06_optimize.ipynb #762e089b
+# %% ../nbs/06_optimize.ipynb #607f516c
 SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
          "auroc_heldout": "AUROC held out"}
 
@@ -317,7 +317,7 @@ def result_text(result: LabelResult) -> str:
     if not result.heldout.empty: parts += ["Held out, 95 % intervals:", heldout_wide(result).to_string()]
     return "\n\n".join(parts)
 
-# %% ../nbs/06_optimize.ipynb #5b92886f
+# %% ../nbs/06_optimize.ipynb #a1eb3935
 def result_html(result: LabelResult) -> str:
     "A result as HTML: headline, tables and the figure."
     picture = io.BytesIO()
@@ -328,7 +328,7 @@ def result_html(result: LabelResult) -> str:
         parts += ["<p>Held out, 95 % intervals:</p>", heldout_wide(result).to_html()]
     return "".join([*parts, f"<div>{image}</div>"])
 
-# %% ../nbs/06_optimize.ipynb #010eb2f7
+# %% ../nbs/06_optimize.ipynb #38769c76
 TABLES = ("ranking", "heldout", "trace")
 
 
@@ -366,7 +366,7 @@ def load_result(folder: Path) -> LabelResult:
     feature = Feature.from_jsonl(folder / "feature.jsonl", name=rest.pop("feature"))
     return LabelResult(feature=feature, **rest, **tables)
 
-# %% ../nbs/06_optimize.ipynb #b56a8170
+# %% ../nbs/06_optimize.ipynb #fe437679
 DISCRIMINATORS = {"channel": channel, "direct": direct}
 
 
@@ -432,7 +432,7 @@ def _check_settings(settings: dict) -> None:
     if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
-# %% ../nbs/06_optimize.ipynb #aa609e90
+# %% ../nbs/06_optimize.ipynb #99dd74f6
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
     "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
     rows, restarts = [], len(search.v)
@@ -451,7 +451,7 @@ def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple
             return rows, True
     return rows, False
 
-# %% ../nbs/06_optimize.ipynb #a20ca118
+# %% ../nbs/06_optimize.ipynb #63ef1936
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
@@ -466,7 +466,7 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
         ("loss", "accuracy_loss", "entropy", "kl"), losses)}, losses.scale * z[0] + losses.bias
 
-# %% ../nbs/06_optimize.ipynb #c75884cc
+# %% ../nbs/06_optimize.ipynb #b06f6077
 def _score_heldout(judge: Channel | Direct, z_hard: Tensor, z_soft: Tensor, seed: int) -> pd.DataFrame:
     tokens = judge.tokens
     if not tokens.heldout.any(): return pd.DataFrame(columns=["label", "metric", "value", "low", "high"])

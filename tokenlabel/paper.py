@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'PRESETS', 'QUICK', 'CAUSES', 'Preset', 'preset_options', 'j
            'overview', 'cause', 'question_or_prompts', 'judge_claim', 'Verdict', 'verdict', 'save_verdicts',
            'load_verdicts', 'sum_up', 'verdict_line', 'count_labels', 'verdict_table']
 
-# %% ../nbs/11b_paper.ipynb #41d4ecae
+# %% ../nbs/11b_paper.ipynb #0bf984db
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from .objective import LossWeights
 from .optimize import DISCRIMINATORS, LabelResult, rank_labels
 from .plot import plot_summary, save_figure
 
-# %% ../nbs/11b_paper.ipynb #3f2670d9
+# %% ../nbs/11b_paper.ipynb #10fb779d
 @dataclass(frozen=True)
 class Preset:
     "One experiment's settings in the paper (its public scripts have the numbers)."
@@ -60,7 +60,7 @@ PAPER = {
     "palindromes": Preset(0.2, 0.2, 0.1, 15, 15, PAPER_QUESTIONS["palindromes"]),
 }
 
-# %% ../nbs/11b_paper.ipynb #c65a948e
+# %% ../nbs/11b_paper.ipynb #45798943
 PRESETS = ("default", "paper")
 QUICK = {"steps": 30, "restarts": 2}  # to see that everything works
 
@@ -104,7 +104,7 @@ def preset_lm(experiment: str, preset: str, lm: str) -> str | None:
     if lm != "default": return lm
     return PAPER[experiment].lm if preset == "paper" else None
 
-# %% ../nbs/11b_paper.ipynb #e5443f67
+# %% ../nbs/11b_paper.ipynb #ead31a52
 def is_among(
     label: str,
     words: Sequence[str],  # lower case
@@ -112,7 +112,7 @@ def is_among(
     "Whether a label is one of these words, leaving its leading space and its case aside."
     return label.strip().casefold() in words
 
-# %% ../nbs/11b_paper.ipynb #2a349891
+# %% ../nbs/11b_paper.ipynb #5b14d9a7
 def overview(
     results: Sequence[LabelResult],  # one for each seed, from 0 on
     words: Sequence[str],  # the labels in question, lower case
@@ -128,7 +128,7 @@ def overview(
                      "steps": result.trace.step.nunique(), "seconds": result.seconds})
     return pd.DataFrame(rows).rename_axis("seed")
 
-# %% ../nbs/11b_paper.ipynb #afe7c5c9
+# %% ../nbs/11b_paper.ipynb #b1156a82
 def cause(
     result: LabelResult,
     lm: LM,
@@ -155,7 +155,7 @@ def question_or_prompts(settings: dict[str, Any]) -> Question | list[str]:
     prompts = settings["prompts"]
     return Question(**prompts) if isinstance(prompts, dict) else prompts
 
-# %% ../nbs/11b_paper.ipynb #05e60845
+# %% ../nbs/11b_paper.ipynb #8e46928c
 def judge_claim(share: float) -> str:
     "A verdict from the share of seeds that do what the paper reports."
     return "reproduced" if share >= 0.9 else "partly" if share >= 0.5 else "deviates"
@@ -205,8 +205,8 @@ def verdict(
     return Verdict(experiment, form, paper, seeds.label.tolist(), seeds.match.tolist(),
                    seeds["held-out AUROC"].tolist(), seeds["held-out balanced accuracy"].tolist(), right.auroc,
                    right.low, right.high, check.verdict, share, float(interval.low), float(interval.high),
-                   judge_claim(share), _reason(causes), [why for _, why in causes], settings["lm"], settings["discriminator"],
-                   preset, float(seeds.seconds.median()))
+                   judge_claim(share), _reason(causes), [why for _, why in causes], settings["lm"],
+                   settings["discriminator"], preset, float(seeds.seconds.median()))
 
 
 CAUSES = {"search": "the search missed a better label", "objective": "the objective prefers another label",
@@ -218,7 +218,7 @@ def _reason(causes: Sequence[tuple[str, str]]) -> str:
     count = Counter(kind for kind, _ in causes)
     return "; ".join(f"{CAUSES[kind]} ({number} seed{'s' * (number > 1)})" for kind, number in count.most_common())
 
-# %% ../nbs/11b_paper.ipynb #e47cd703
+# %% ../nbs/11b_paper.ipynb #d41013dd
 def save_verdicts(verdicts: Sequence[Verdict], figures: Path) -> Path:
     "Write the verdicts of one experiment, as `figures/EXPERIMENT.json`."
     path = Path(figures) / f"{verdicts[0].experiment}.json"
@@ -243,7 +243,7 @@ def sum_up(figures: Path) -> list[Verdict]:
     save_figure(plot_summary(rows), Path(figures) / "summary")
     return verdicts
 
-# %% ../nbs/11b_paper.ipynb #ebed63e2
+# %% ../nbs/11b_paper.ipynb #ffc55dff
 def verdict_line(found: Verdict) -> str:
     "A verdict for the terminal."
     return (f"{found.experiment}, {found.form}: {found.verdict} ({sum(found.matches)} of {len(found.matches)} seeds; "
