@@ -29,7 +29,7 @@ reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (
 
 test: $(STAMP) ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
-	$(BIN)/python -m pytest -ra tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal tests
 
 export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clean these
 	$(BIN)/nbdev_export

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "nbs").rglob("*.ipynb") if "checkpoint" not in str(path))
 EXPERIMENTS = [path for path in NOTEBOOKS if "experiments" in path.parts]
+LESSONS = [path for path in NOTEBOOKS if not (ROOT / path).with_name(".notest").exists()]
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def test_links_in_the_readme_lead_somewhere():
     assert missing == []
 
 
-def test_lessons_run(copy):
-    # Two notebooks side by side, each with one thread, are quicker than one after the other with two.
-    run("nbdev_test", "--n_workers", "2", cwd=copy, OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_runs(copy, path):
+    run("nbdev_test", "--path", str(path), "--n_workers", "0", cwd=copy)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -365,6 +365,7 @@ class Direct:
         self,
         labels: Tensor,  # long [B, T], token ids of B labels
         batch: DirectBatch,
+        turn: int | None = None,  # not used, as in `logits`
     ) -> Tensor:  # [B, U]
         "`logits` of labels made of real tokens, without gradient; B may be large."
         return torch.cat([self.logits(self.lm.embed(part), batch) for part in labels.split(LABELS)])

@@ -21,7 +21,8 @@ from .softlabel import EXCLUDED
 
 # %% ../nbs/04_discriminator.ipynb #0f37d857
 PROMPTS = {
-    "words": ("Here are some {label}:", "A list of {label}:"),
+    "words": ("Here are some {label}:", "A list of {label}:", "Examples of {label}:", "There are many kinds of {label}:",
+              "The following words are {label}:"),
     "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
 }
 
@@ -144,7 +145,7 @@ def token_log_probs(
     return torch.cat(found, 1)[:, by_place.argsort()]
 
 # %% ../nbs/04_discriminator.ipynb #58d8b0c2
-EXPECTED_LABELS = 16
+EXPECTED_LABELS = 4
 
 
 @torch.no_grad()
@@ -254,18 +255,23 @@ class Channel:
         turn: int | None = None,  # None: the mean over all prompts; else the prompt whose turn it is
     ) -> Tensor:  # [B, U], without bias
         "How much more likely each label makes each unit, in nats."
-        chosen = range(len(self.prompts)) if turn is None else [turn % len(self.prompts)]
-        return _gain(self, batch, {i: token_log_probs(self.lm, self.prompts[i], label, batch.packing) for i in chosen})
+        return _gain(self, batch, {i: token_log_probs(self.lm, self.prompts[i], label, batch.packing)
+                                   for i in _chosen(self, turn)})
 
     @torch.no_grad()
     def hard_logits(
         self,
         labels: Tensor,  # long [B, T], token ids of B labels
         batch: Batch,
+        turn: int | None = None,  # as in `logits`
     ) -> Tensor:  # [B, U], without bias
         "`logits` of labels made of real tokens, without gradient; B may be large."
-        label = self.lm.embed(labels)
-        return _gain(self, batch, {i: in_chunks(self.lm, p, label, batch.packing) for i, p in enumerate(self.prompts)})
+        label, packing = self.lm.embed(labels), batch.packing
+        return _gain(self, batch, {i: in_chunks(self.lm, self.prompts[i], label, packing) for i in _chosen(self, turn)})
+
+
+def _chosen(channel: Channel, turn: int | None) -> Sequence[int]:
+    return range(len(channel.prompts)) if turn is None else [turn % len(channel.prompts)]
 
 
 def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:
