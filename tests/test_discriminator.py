@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenlabel.discriminator as module
-from tokenlabel.discriminator import (EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length,
+from tokenlabel.discriminator import (CONTINUED, EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length,
                                       in_chunks, make_batch, marginal_log_probs, pack, read_prompt,
                                       token_log_probs)
 from tokenlabel.feature import Feature, tokenize
@@ -47,8 +47,15 @@ def naive_prior(lm, prompt):
     return log_p - log_p.logsumexp(0)
 
 
-def naive_marginal(lm, prompt, sequence, top=EXPECTED_LABELS):
-    "log p(token | tokens before) of one sequence as a quotient of mixtures over the expected labels."
+def naive_marginal(lm, prompt, sequence, top=EXPECTED_LABELS, continued=CONTINUED):
+    "log p(token | tokens before) of one sequence: the first token from `top` expected labels, the others from fewer."
+    top, continued = (min(n, int(lm.admissible.sum())) for n in (top, continued))
+    start, rest = (naive_mixture(lm, prompt, sequence, n) for n in (top, continued))
+    return torch.cat([start[:1], rest[1:]])
+
+
+def naive_mixture(lm, prompt, sequence, top):
+    "log p(token | tokens before) as a quotient of mixtures over the expected labels."
     log_pi, labels = naive_prior(lm, prompt).topk(top)
     given = naive_log_probs(lm, prompt, lm.embed(labels[:, None]), sequence).double()
     joint = ((log_pi - log_pi.logsumexp(0))[:, None] + given.cumsum(1)).logsumexp(0)  # log p(tokens so far)
@@ -278,18 +285,18 @@ def test_the_marginal_is_the_mixture_over_expected_labels(family):
     prompt = read_prompt(TEMPLATE, lm)
     sequences = random_sequences(lm, 3, [1, 4, 2, 1, 3])
     position = torch.tensor([j for s in sequences for j in range(len(s))])
-    for top in (1, 7, EXPECTED_LABELS):
-        slow = torch.cat([naive_marginal(lm, prompt, s, top) for s in sequences])
+    for tops in ((1, 1), (7, 7), (EXPECTED_LABELS, CONTINUED)):
+        slow = torch.cat([naive_marginal(lm, prompt, s, *tops) for s in sequences])
         for capacity in (2, 256):
-            assert close(marginal_log_probs(lm, prompt, pack(sequences, capacity), position, top), slow)
+            assert close(marginal_log_probs(lm, prompt, pack(sequences, capacity), position, *tops), slow)
 
 
 @torch.no_grad()
 def test_more_expected_labels_than_there_are_tokens_means_all_tokens():
     lm = make_tiny_lm("llama")
     prompt, sequence = read_prompt(TEMPLATE, lm), random_sequences(lm, 4, [3])[0]
-    found = marginal_log_probs(lm, prompt, pack([sequence]), torch.arange(3), top=10**6)
-    assert close(found, naive_marginal(lm, prompt, sequence, int(lm.admissible.sum())))
+    found = marginal_log_probs(lm, prompt, pack([sequence]), torch.arange(3), 10**6, 10**6)
+    assert close(found, naive_mixture(lm, prompt, sequence, int(lm.admissible.sum())))
 
 
 # --- end to end -------------------------------------------------------------------------------------------------------
