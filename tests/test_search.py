@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, make_tiny_lm
+from conftest import FAMILIES, make_tiny_lm, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optimize import TEXTS, WORDS
@@ -16,6 +16,7 @@ import tokenlabel.search as module
 from tokenlabel.direct import direct
 from tokenlabel.discriminator import Channel, channel
 from tokenlabel.feature import Feature, tokenize
+from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, balanced_bce, class_weights, fit_bias
 from tokenlabel.optimize import label_feature, rank_labels
 from tokenlabel.search import (RIVALS, Meter, Oracle, Stage, Task, accuracy_bound, count_positions, flips, label_ids,
@@ -276,6 +277,14 @@ def test_what_a_rival_finds_is_worth_what_it_says_and_paid_for(rival, name):
     expected = by_hand(FEATURES[name])
     np.testing.assert_allclose(table.loss, expected.loss[table.token_id], atol=1e-4, rtol=0)
     assert judge.lm.admissible[table.token_id.tolist()].all() and meter.positions > table.positions.iloc[-1]
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_race_in_bfloat16(rival):
+    lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True), dtype=torch.bfloat16)
+    table = race(RIVALS[rival], channel(lm, tokenize(WORDS, lm)), 300)
+    expected = by_hand(WORDS).loss.reindex(table.token_id)
+    assert lm.dtype == torch.bfloat16 and np.isfinite(table.loss).all() and expected.notna().all()
 
 
 @pytest.mark.parametrize("rival", RIVALS)
