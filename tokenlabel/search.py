@@ -536,7 +536,7 @@ def tokenspace(task: Task, steps: int = 50, candidates: int = 10) -> Iterator[No
         yield
         task.seed += 1_000_000  # there is budget left: once more, from another start
 
-# %% ../nbs/07_search.ipynb #88489d3f
+# %% ../nbs/07_search.ipynb #952047cb
 def _try(task: Task, ids: Sequence[int], size: int = 16) -> Iterator[None]:
     "Score labels in this order, the first one alone."
     ids = torch.as_tensor(ids, device=task.lm.device)
@@ -585,7 +585,7 @@ def explainer(task: Task, lm: LM | None = None, shown: int = 20) -> Iterator[Non
 
 
 RIVALS: dict[str, Rival] = {
-    "token space": tokenspace, "GCG": gcg, "HotFlip": hotflip, "PEZ": pez, "Gumbel-softmax": gumbel,
+    "token space": tokenspace, "GCG": gcg, "HotFlip": hotflip, "PEZ": pez, "Gumbel": gumbel,
     "explainer": explainer, "PMI": pmi, "prior": top_of_prior, "random": random_search}
 
 # %% ../nbs/07_search.ipynb #18e107b3
@@ -677,9 +677,9 @@ def race_table(
         "positions": groups.positions.mean(), "races": groups.size()})
     return table.sort_values("mean regret", kind="stable").rename_axis(index=None)
 
-# %% ../nbs/07_search.ipynb #0ca68483
+# %% ../nbs/07_search.ipynb #a2d214e8
 LOOKS = {"token space": (VERMILLION, "-"), "GCG": (BLUE, "-"), "HotFlip": (SKY, "-"), "PEZ": (GREEN, "-"),
-         "Gumbel-softmax": (PURPLE, "-"), "explainer": (ORANGE, "--"), "PMI": (BLACK, "--"), "prior": (GREEN, "--"),
+         "Gumbel": (PURPLE, "-"), "explainer": (ORANGE, "--"), "PMI": (BLACK, "--"), "prior": (GREEN, "--"),
          "random": (GRAY, "--")}
 
 
@@ -717,10 +717,11 @@ def plot_races(
                 color, dashes = LOOKS.get(rival, (BLACK, ":"))
                 lines[rival], = ax.plot(costs[shown], y[shown], dashes, color=color)
                 ax.plot(costs[shown][-1], y[shown][-1], "o", color=color, markersize=3, clip_on=False)
-            ax.set(xscale="log", xlabel="positions forward and back", xlim=(costs[0], costs[-1] * 1.05))
+            start = min((line.get_xdata()[0] for line in lines.values()), default=costs[0])
+            ax.set(xscale="log", xlabel="positions forward and back", xlim=(start * 0.95, costs[-1] * 1.05))
             if column == "auroc_heldout":
                 ax.axhline(0.5, color=GRAY, linestyle=":", linewidth=1)
-                ax.annotate("chance", (costs[0], 0.5), xytext=(2, 2), textcoords="offset points", fontsize=7,
+                ax.annotate("chance", (start, 0.5), xytext=(2, 2), textcoords="offset points", fontsize=7,
                             color=GRAY)
                 ax.set_ylim(min(0.45, ax.get_ylim()[0]), 1.02)
             else: ax.set_ylim(bottom=-0.02 * ax.get_ylim()[1])
