@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LIVE', 'COLDEST', 'SHARPEST', 'SOON', 'STEP_UNITS', 'FAVORITES', 'LOOK_EVERY', 'LOOK_AT', 'STYLE', 'FEATURES', 'OWN',
-           'LONGEST', 'BLANK', 'RUNNING', 'live_part', 'make_judge', 'Controls', 'cooled', 'Remembering', 'Exploration',
-           'View', 'view', 'tokens_html', 'data_html', 'draw', 'png', 'Worker', 'read_words', 'own_feature',
-           'default_lm', 'make_sliders', 'Explorer', 'error_html', 'explore']
+           'LONGEST', 'BLANK', 'RUNNING', 'HELP', 'live_part', 'make_judge', 'Controls', 'cooled', 'Remembering',
+           'Exploration', 'View', 'view', 'percent', 'tokens_html', 'loss_html', 'data_html', 'draw', 'png', 'Worker',
+           'read_words', 'own_feature', 'default_lm', 'make_sliders', 'Explorer', 'error_html', 'explore']
 
-# %% ../nbs/10_widgets.ipynb #49933d39
+# %% ../nbs/10_widgets.ipynb #6764b97b
 import base64
 import io
+import math
 import re
 import time
 import traceback
@@ -35,7 +36,7 @@ from .feature import ACTIVE, Feature, tokenize
 from .lm import LM, load_lm
 from .objective import LossWeights
 from .optimize import Search, fit_logits, has_collapsed, initial_v, score_labels
-from .plot import WIDTH, drawable, plot_losses, plot_plane, style
+from .plot import BLUE, GREEN, VERMILLION, WIDTH, drawable, plot_losses, plot_plane, style
 
 # %% ../nbs/10_widgets.ipynb #74707c77
 LIVE = {("channel", "words"): 32, ("channel", "texts"): 4, ("direct", "words"): 12, ("direct", "texts"): 2}
@@ -195,7 +196,7 @@ class Exploration:
             self.rows.append(row.clone().requires_grad_())
             self.search.adam.add_param_group(dict(params=[self.rows[-1]]))
 
-# %% ../nbs/10_widgets.ipynb #ef379b5b
+# %% ../nbs/10_widgets.ipynb #b4d78ca0
 @dataclass(frozen=True, eq=False)
 class View:
     "An exploration at a moment."
@@ -207,6 +208,8 @@ class View:
     fires: Tensor  # [U], probability that the feature fires, as its label predicts it; NaN: not looked at yet
     trace: pd.DataFrame
     ranking: pd.DataFrame  # single tokens that were tried, best first: token, loss, accuracy_loss, kl
+    losses: dict  # of the best restart: loss, accuracy_loss, entropy, kl
+    weights: LossWeights  # as they were in the last step
     settled: bool  # whether each restart has ended in one token
 
 
@@ -225,33 +228,49 @@ def view(exploration: Exploration) -> View:
                 tuple(zip(best["tokens"], best["probabilities"])),
                 tuple((row["tokens"][0], row["probabilities"][0]) for row in last), fires,
                 pd.DataFrame(exploration.trace), ranking.sort_values("loss", ignore_index=True),
+                {name: best[name] for name in ("loss", "accuracy_loss", "entropy", "kl")}, exploration.search.weights,
                 has_collapsed(exploration.trace, restarts))
 
-# %% ../nbs/10_widgets.ipynb #bd21eff1
+# %% ../nbs/10_widgets.ipynb #a8b7d60d
 STYLE = """<style>
 .tl-top { font: 600 26px/1.2 monospace; } .tl-small { font-size: 12px; opacity: .75; }
-.tl-bar { display: grid; grid-template-columns: 9em 1fr 3em; gap: 8px; align-items: center; font: 12.5px/1.45 monospace; }
+.tl-bar { display: grid; grid-template-columns: 9em 1fr 4em; gap: 8px; align-items: center; font: 12.5px/1.45 monospace; }
 .tl-bar b { font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
 .tl-bar i { display: block; height: 11px; border-radius: 2px; background: #0072B2; }
 .tl-data { font-size: 13px; line-height: 1.75; } .tl-data u { text-decoration-color: #D55E00; text-decoration-thickness: 2px; }
 .tl-word { border: 1px solid rgba(128,128,128,.35); border-radius: 4px; padding: 0 5px; margin-right: 3px; white-space: nowrap; }
 .tl-wrong { border: 1.5px dashed #D55E00; }
+.tl-loss { font-size: 13px; }
 .tl-error { border-left: 4px solid #D55E00; background: rgba(213,94,0,.12); padding: 6px 10px; white-space: pre-wrap; }
 </style>"""
+
+
+def percent(p: float) -> str:
+    "A probability in percent; a small one with a decimal."
+    return f"{100 * p:.0f} %" if p > 0.095 else f"{100 * p:.1f} %"
 
 
 def tokens_html(view: View, count: int = 8) -> str:
     "The top tokens of the best restart as bars, and the top token of each restart."
     (token, p), best = view.top[0], view.ranking.iloc[0]
     bars = "".join(f'<div class="tl-bar"><b>{escape(drawable(name))}</b>'
-                   f'<i style="width: {max(100 * share, 0.5):.1f}%"></i><span>{share:.2f}</span></div>'
+                   f'<i style="width: {max(100 * share, 0.5):.1f}%"></i><span>{percent(share)}</span></div>'
                    for name, share in view.top[:count])
-    others = " &ensp; ".join(f"{escape(drawable(name))} {share:.2f}" for name, share in view.leaders)
+    others = " &ensp; ".join(f"{escape(drawable(name))} {percent(share)}" for name, share in view.leaders)
     return (f'<div><span class="tl-top">{escape(drawable(token))}</span> &ensp;'
-            f'<span class="tl-small">{100 * p:.0f} % of the label, after step {view.step}</span></div>{bars}'
+            f'<span class="tl-small tl-step">{percent(p)} of the label, after step {view.step}</span></div>{bars}'
             f'<div class="tl-small">restarts: &ensp;{others}</div>'
             f'<div class="tl-small">best single word so far: <b class="tl-best">{escape(drawable(best.token))}</b> '
             f"(accuracy loss {best.accuracy_loss:.2f}, KL {best.kl:.1f})</div>")
+
+# %% ../nbs/10_widgets.ipynb #e1153992
+def loss_html(view: View) -> str:
+    "The loss of the best restart, and what it is made of."
+    loss, weights = view.losses, view.weights
+    parts = [f'{weight:.2f} × <span style="color: {color}">{name} {value:.2f}</span>' for weight, color, name, value in (
+        (weights.accuracy, VERMILLION, "accuracy", loss["accuracy_loss"]),
+        (weights.entropy, BLUE, "entropy", loss["entropy"]), (weights.kl, GREEN, "KL", loss["kl"]))]
+    return f'<div class="tl-loss"><b>loss {loss["loss"]:.2f}</b> = {" + ".join(parts)}</div>'
 
 # %% ../nbs/10_widgets.ipynb #74b4689d
 def data_html(
@@ -282,7 +301,7 @@ def data_html(
                                  f'{int((known & ~wrong).sum())} of {int(known.sum())} right</div>')
     return f'<div class="tl-data">{"".join(parts)}</div>'
 
-# %% ../nbs/10_widgets.ipynb #253f070f
+# %% ../nbs/10_widgets.ipynb #6076c64b
 def draw(view: View) -> Figure:
     "The losses so far, and the way of the labels across the plane."
     names = dict.fromkeys([view.ranking.token[0], *(token for token, _ in view.leaders)])
@@ -290,7 +309,8 @@ def draw(view: View) -> Figure:
         figure = Figure(figsize=(2 * WIDTH + 0.6, 2.5), dpi=110)
         left, right = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.07, right=0.985, bottom=0.16, top=0.91, wspace=0.5)
-        plot_losses(view.trace, left)
+        if view.step > 1: plot_losses(view.trace, left)
+        else: left.set_axis_off()  # of one step there is no line to draw
         plot_plane(view.trace, view.ranking, [name for name in names if name in set(view.ranking.token)][:4], right)
     return figure
 
@@ -375,13 +395,13 @@ def own_feature(active: str, inactive: str) -> Feature:
         if not read_words(words): raise ValueError(f"type at least one word under “{name}”")
     return Feature.from_words("your words", read_words(active), read_words(inactive))
 
-# %% ../nbs/10_widgets.ipynb #5d0adbbf
+# %% ../nbs/10_widgets.ipynb #63ac01c1
 FEATURES = {"animals": synthetic.animals, "mammals": synthetic.mammals, "numbers": synthetic.numbers,
             "Chinese": synthetic.chinese, "palindromes": synthetic.palindromes}
 OWN = "my own words"
 LONGEST = 200  # steps after which a run pauses, so that a page that was left open does not compute for ever
 BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
-RUNNING = WeakSet()  # explorers that run; two at a time would only slow each other down
+RUNNING = WeakSet()  # explorers that may run; two at a time would only slow each other down
 
 
 @lru_cache(maxsize=1)
@@ -389,7 +409,18 @@ def default_lm() -> LM:
     "The default model, loaded once for all explorers."
     return load_lm(dtype="fastest")
 
-# %% ../nbs/10_widgets.ipynb #9454606b
+# %% ../nbs/10_widgets.ipynb #23a3aaac
+HELP = """<details class="tl-small"><summary>what the sliders do</summary>
+<b>accuracy</b>: the label must predict where the feature fires<br>
+<b>entropy</b>: it must be one token, not a mixture<br>
+<b>KL</b>: it must be what the language model would say there<br>
+<b>temperature</b>: low sharpens the mixture, high evens it out<br>
+<b>learning rate</b>: how far a step goes<br>
+<b>restarts</b>: how many searches run side by side<br>
+<b>anneal</b>: the temperature falls and the entropy's weight rises by themselves; move one of the two, and you take over
+</details>"""
+
+
 def make_sliders(controls: Controls) -> dict[str, widgets.Widget]:
     "A slider for each of the controls, by its name, and a box to tick."
     def slider(kind, name, value, tooltip, **limits):
@@ -406,11 +437,11 @@ def make_sliders(controls: Controls) -> dict[str, widgets.Widget]:
                               min=-1.5, max=0.5, step=0.01, readout_format=".2f"),
         "lr": slider(log, "learning rate", controls.lr, "of AdamW", min=-2, max=0.5, step=0.01, readout_format=".2f"),
         "restarts": slider(whole, "restarts", controls.restarts, "searches side by side", min=1, max=6),
-        "anneal": widgets.Checkbox(value=controls.anneal, indent=False, description="temperature and entropy move by "
-                                   "themselves", layout=widgets.Layout(width="auto")),
+        "anneal": widgets.Checkbox(value=controls.anneal, indent=False, description="anneal temperature and "
+                                   "entropy", layout=widgets.Layout(width="auto")),
     }
 
-# %% ../nbs/10_widgets.ipynb #9dee1363
+# %% ../nbs/10_widgets.ipynb #ae14b580
 class Explorer(widgets.VBox):
     "The explorer: widgets around an `Exploration`, which a `Worker` moves on. `close` ends it."
 
@@ -420,6 +451,7 @@ class Explorer(widgets.VBox):
         self.worker = Worker(self._again, self._failed)
         self.shown = self.cost = self.pace = 0.0  # when there was something drawn last, and seconds: of that, of a step
         self.begun = None  # step that this run began with
+        self.sent = deque(maxlen=50)  # where annealing has moved sliders lately: when, which, value
         self._make_widgets()
         super().__init__([self.style_sheet, self.error, widgets.HBox(
             [self.left, self.right], layout=widgets.Layout(flex_flow="row wrap", width="100%"))])
@@ -444,15 +476,15 @@ class Explorer(widgets.VBox):
                             ("step", "step-forward", "", "one step"), ("restart", "refresh", "", "from new starting points"))}
         self.sliders = make_sliders(Controls())
         self.status = widgets.HTML()
-        self.tokens, self.data = widgets.HTML(), widgets.HTML()
+        self.tokens, self.data, self.loss = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.left = widgets.VBox(
             [self.feature, self.own, self.discriminator, widgets.HBox([*self.buttons.values()]), self.status,
-             *self.sliders.values()], layout=widgets.Layout(flex="0 0 320px", width="320px", padding="0 14px 0 0"))
+             *self.sliders.values(), widgets.HTML(HELP)], layout=widgets.Layout(flex="0 0 320px", width="320px", padding="0 14px 0 0"))
         self.right = widgets.VBox(
             [widgets.HBox([widgets.Box([self.tokens], layout=widgets.Layout(flex="1 1 330px")),
                            widgets.Box([self.data], layout=widgets.Layout(flex="1 1 330px"))],
-                          layout=widgets.Layout(flex_flow="row wrap")), self.picture],
+                          layout=widgets.Layout(flex_flow="row wrap")), self.loss, self.picture],
             layout=widgets.Layout(flex="1 1 560px", width="auto"))
         for name, act in (("run", self.run), ("pause", self.pause), ("step", self.step), ("restart", self.restart)):
             self.buttons[name].on_click(lambda _, act=act: act())
@@ -464,7 +496,8 @@ class Explorer(widgets.VBox):
 
     def run(self) -> None:
         "Go on, step after step."
-        for other in list(RUNNING - {self}): other.pause()
+        for other in RUNNING:
+            if other is not self and other.worker.runs: other.pause()
         RUNNING.add(self)
         self.begun = None
         self.error.value = ""
@@ -494,6 +527,9 @@ class Explorer(widgets.VBox):
 
     def _moved(self, name: str, value) -> None:
         if current_thread() is self.worker.thread or self.exploration is None: return  # not moved by a hand
+        # A slider that annealing has moved is reported back by the page, a moment later.
+        if any(time.perf_counter() - at < 3 and math.isclose(value, own, rel_tol=1e-3, abs_tol=1e-3)
+               for at, slider, own in self.sent if slider == name): return
         self.exploration.set(**{name: value})
         if name in ("temperature", "entropy"): self.sliders["anneal"].value = False  # a hand on it takes over
 
@@ -510,7 +546,7 @@ class Explorer(widgets.VBox):
 
     def _make(self) -> None:
         self.exploration = None
-        for part in (self.error, self.tokens, self.data): part.value = ""
+        for part in (self.error, self.tokens, self.data, self.loss): part.value = ""
         self.picture.value = BLANK
         name = self.feature.value
         feature = own_feature(self.active.value, self.inactive.value) if name == OWN else self.features[name]()
@@ -552,13 +588,20 @@ class Explorer(widgets.VBox):
         if self.exploration is None or not self.exploration.trace: return
         start, seen = time.perf_counter(), view(self.exploration)
         self.tokens.value, self.data.value = tokens_html(seen), data_html(seen.tokens, seen.fires)
-        self.picture.value = png(draw(seen))
-        for name in ("temperature", "entropy"): self.sliders[name].value = getattr(self.exploration.controls, name)
+        self.loss.value, self.picture.value = loss_html(seen), png(draw(seen))
+        self._follow("temperature", 10 ** round(math.log10(self.exploration.controls.temperature), 2))
+        self._follow("entropy", round(self.exploration.controls.entropy, 2))
         self.status.value = (f"running, {self.pace:.2f} s a step" if self.worker.runs else
                              f"settled after {seen.step} steps: each restart has its word" if seen.settled else
                              f"paused after step {seen.step}")
         self.shown = time.perf_counter()
         self.cost = self.shown - start
+
+    def _follow(self, name: str, value: float) -> None:
+        "Move a slider to where annealing is, in whole steps of the slider."
+        if math.isclose(self.sliders[name].value, value, abs_tol=1e-6): return
+        self.sent.append((time.perf_counter(), name, value))
+        self.sliders[name].value = value
 
     def _failed(self, error: Exception) -> None:
         self.status.value = "stopped"
