@@ -301,17 +301,17 @@ def data_html(
                                  f'{int((known & ~wrong).sum())} of {int(known.sum())} right</div>')
     return f'<div class="tl-data">{"".join(parts)}</div>'
 
-# %% ../nbs/10_widgets.ipynb #6076c64b
+# %% ../nbs/10_widgets.ipynb #92bda5eb
 def draw(view: View) -> Figure:
     "The losses so far, and the way of the labels across the plane."
-    names = dict.fromkeys([view.ranking.token[0], *(token for token, _ in view.leaders)])
+    names = dict.fromkeys([view.ranking.token[0], view.top[0][0]])
     with style():
         figure = Figure(figsize=(2 * WIDTH + 0.6, 2.5), dpi=110)
         left, right = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.07, right=0.985, bottom=0.16, top=0.91, wspace=0.5)
         if view.step > 1: plot_losses(view.trace, left)
         else: left.set_axis_off()  # of one step there is no line to draw
-        plot_plane(view.trace, view.ranking, [name for name in names if name in set(view.ranking.token)][:4], right)
+        plot_plane(view.trace, view.ranking, [name for name in names if name in set(view.ranking.token)], right)
     return figure
 
 
@@ -441,7 +441,7 @@ def make_sliders(controls: Controls) -> dict[str, widgets.Widget]:
                                    "entropy", layout=widgets.Layout(width="auto")),
     }
 
-# %% ../nbs/10_widgets.ipynb #ae14b580
+# %% ../nbs/10_widgets.ipynb #9adb1466
 class Explorer(widgets.VBox):
     "The explorer: widgets around an `Exploration`, which a `Worker` moves on. `close` ends it."
 
@@ -577,23 +577,25 @@ class Explorer(widgets.VBox):
         if self.begun is None: self.begun = done
         over = done - self.begun >= LONGEST or done - self.begun >= 10 and has_collapsed(exploration.trace, restarts)
         if over: self.worker.pause()
-        if over or time.perf_counter() - self.shown > 2 * self.cost: self._show()
+        self._show(picture=over or time.perf_counter() - self.shown > 2 * self.cost)
         return not over
 
     def _ready(self) -> Exploration:
         if self.exploration is None: raise ValueError("there is nothing to run yet: choose a feature, or type words")
         return self.exploration
 
-    def _show(self) -> None:
+    def _show(self, picture: bool = True) -> None:
         if self.exploration is None or not self.exploration.trace: return
         start, seen = time.perf_counter(), view(self.exploration)
         self.tokens.value, self.data.value = tokens_html(seen), data_html(seen.tokens, seen.fires)
-        self.loss.value, self.picture.value = loss_html(seen), png(draw(seen))
+        self.loss.value = loss_html(seen)
         self._follow("temperature", 10 ** round(math.log10(self.exploration.controls.temperature), 2))
         self._follow("entropy", round(self.exploration.controls.entropy, 2))
         self.status.value = (f"running, {self.pace:.2f} s a step" if self.worker.runs else
                              f"settled after {seen.step} steps: each restart has its word" if seen.settled else
                              f"paused after step {seen.step}")
+        if not picture: return
+        self.picture.value = png(draw(seen))
         self.shown = time.perf_counter()
         self.cost = self.shown - start
 
