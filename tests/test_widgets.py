@@ -1,4 +1,5 @@
 "Facts about tokenlabel.widgets, without a browser: the search behind the sliders, its pictures, its thread."
+import re
 import threading
 import time
 from dataclasses import replace
@@ -192,7 +193,6 @@ def test_what_is_drawn_is_escaped(tiny):
 def test_texts_are_shown_in_full_with_what_is_active_underlined(tiny):
     exploration = Exploration(sentences(), tiny, controls=STILL)
     html = data_html(exploration.judge.tokens, torch.full_like(exploration.judge.tokens.activation, 1.0))
-    import re
     plain = re.sub("<[^>]*>", "", html)
     assert all(text in plain for text in sentences().texts)
     assert "".join(re.findall("<u>(.*?)</u>", html)).split() == ["cat", "dog", "horse"]
@@ -233,7 +233,7 @@ def test_a_worker_has_a_thread_only_while_there_is_work():
 
 
 def test_a_worker_runs_until_enough_and_does_jobs_in_between():
-    seen, told = [], threading.Event()
+    seen = []
     def again():
         seen.append("again")
         if len(seen) == 2: worker.do(lambda: seen.append("job"))
@@ -358,7 +358,8 @@ def test_own_words_are_used_and_mistakes_are_shown(explorer):
     explorer.active.value, explorer.inactive.value = "cat dog", "dog book"
     explorer.use.click()
     explorer.worker.wait()
-    assert "dog" in explorer.error.value and explorer.data.value == "" and threads() == []
+    assert "in both lists: dog" in explorer.error.value and explorer.data.value == "" and threads() == []
+    assert explorer.picture.layout.display == "none", "no picture of other data"
     explorer.run()
     explorer.worker.wait()
     assert "choose a feature" in explorer.error.value
@@ -366,6 +367,7 @@ def test_own_words_are_used_and_mistakes_are_shown(explorer):
     explorer.use.click()
     explorer.worker.wait()
     assert explorer.error.value == "" and ">book<" in explorer.data.value
+    assert explorer.picture.layout.display is None
 
 
 def test_an_error_in_a_step_is_shown_with_where_it_happened(explorer, monkeypatch):

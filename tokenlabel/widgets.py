@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIVE', 'COLDEST', 'SHARPEST', 'SOON', 'STEP_UNITS', 'FAVORITES', 'LOOK_EVERY', 'LOOK_AT', 'STYLE', 'FEATURES', 'OWN',
-           'LONGEST', 'BLANK', 'RUNNING', 'HELP', 'live_part', 'make_judge', 'Controls', 'cooled', 'Remembering',
-           'Exploration', 'View', 'view', 'percent', 'tokens_html', 'loss_html', 'data_html', 'draw', 'png', 'Worker',
-           'read_words', 'own_feature', 'default_lm', 'make_sliders', 'Explorer', 'error_html', 'explore']
+           'LONGEST', 'RUNNING', 'HELP', 'live_part', 'make_judge', 'Controls', 'cooled', 'Remembering', 'Exploration',
+           'View', 'view', 'percent', 'tokens_html', 'loss_html', 'data_html', 'draw', 'png', 'Worker', 'read_words',
+           'own_feature', 'default_lm', 'make_sliders', 'Explorer', 'error_html', 'explore']
 
-# %% ../nbs/10_widgets.ipynb #6764b97b
-import base64
+# %% ../nbs/10_widgets.ipynb #83db29c9
 import io
 import math
 import re
@@ -231,9 +230,9 @@ def view(exploration: Exploration) -> View:
                 {name: best[name] for name in ("loss", "accuracy_loss", "entropy", "kl")}, exploration.search.weights,
                 has_collapsed(exploration.trace, restarts))
 
-# %% ../nbs/10_widgets.ipynb #a8b7d60d
+# %% ../nbs/10_widgets.ipynb #65e5a17e
 STYLE = """<style>
-.tl-top { font: 600 26px/1.2 monospace; } .tl-small { font-size: 12px; opacity: .75; }
+.tl-top { font: 600 26px/1.2 monospace; } .tl-small { font-size: 12px; line-height: 1.6; opacity: .75; }
 .tl-bar { display: grid; grid-template-columns: 9em 1fr 4em; gap: 8px; align-items: center; font: 12.5px/1.45 monospace; }
 .tl-bar b { font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
 .tl-bar i { display: block; height: 11px; border-radius: 2px; background: #0072B2; }
@@ -382,7 +381,7 @@ class Worker:
                     self.jobs.clear()
                 self.failed(error)
 
-# %% ../nbs/10_widgets.ipynb #aa956491
+# %% ../nbs/10_widgets.ipynb #40639d90
 def read_words(text: str) -> list[str]:
     "The words in a text field: one a line or between commas if there are any, else between spaces."
     parts = re.split(r"[,;\n]" if re.search(r"[,;\n]", text.strip()) else r"\s", text)
@@ -393,14 +392,16 @@ def own_feature(active: str, inactive: str) -> Feature:
     "A feature of the words in two text fields; raises ValueError if a field is empty or a word is in both."
     for words, name in ((active, "fires on"), (inactive, "does not fire on")):
         if not read_words(words): raise ValueError(f"type at least one word under “{name}”")
-    return Feature.from_words("your words", read_words(active), read_words(inactive))
+    on, off = read_words(active), read_words(inactive)
+    if both := [word for word in on if word in off]:
+        raise ValueError(f"in both lists: {', '.join(both)}; a word is in one of them")
+    return Feature.from_words("your words", on, off)
 
-# %% ../nbs/10_widgets.ipynb #63ac01c1
+# %% ../nbs/10_widgets.ipynb #1676301d
 FEATURES = {"animals": synthetic.animals, "mammals": synthetic.mammals, "numbers": synthetic.numbers,
             "Chinese": synthetic.chinese, "palindromes": synthetic.palindromes}
 OWN = "my own words"
 LONGEST = 200  # steps after which a run pauses, so that a page that was left open does not compute for ever
-BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
 RUNNING = WeakSet()  # explorers that may run; two at a time would only slow each other down
 
 
@@ -441,7 +442,7 @@ def make_sliders(controls: Controls) -> dict[str, widgets.Widget]:
                                    "entropy", layout=widgets.Layout(width="auto")),
     }
 
-# %% ../nbs/10_widgets.ipynb #9adb1466
+# %% ../nbs/10_widgets.ipynb #aebefd31
 class Explorer(widgets.VBox):
     "The explorer: widgets around an `Exploration`, which a `Worker` moves on. `close` ends it."
 
@@ -482,10 +483,10 @@ class Explorer(widgets.VBox):
             [self.feature, self.own, self.discriminator, widgets.HBox([*self.buttons.values()]), self.status,
              *self.sliders.values(), widgets.HTML(HELP)], layout=widgets.Layout(flex="0 0 320px", width="320px", padding="0 14px 0 0"))
         self.right = widgets.VBox(
-            [widgets.HBox([widgets.Box([self.tokens], layout=widgets.Layout(flex="1 1 330px")),
-                           widgets.Box([self.data], layout=widgets.Layout(flex="1 1 330px"))],
+            [widgets.HBox([widgets.Box([self.tokens], layout=widgets.Layout(flex="1 1 300px")),
+                           widgets.Box([self.data], layout=widgets.Layout(flex="1 1 300px"))],
                           layout=widgets.Layout(flex_flow="row wrap")), self.loss, self.picture],
-            layout=widgets.Layout(flex="1 1 560px", width="auto"))
+            layout=widgets.Layout(flex="1 1 460px", width="auto"))
         for name, act in (("run", self.run), ("pause", self.pause), ("step", self.step), ("restart", self.restart)):
             self.buttons[name].on_click(lambda _, act=act: act())
         for name, slider in self.sliders.items():
@@ -547,7 +548,7 @@ class Explorer(widgets.VBox):
     def _make(self) -> None:
         self.exploration = None
         for part in (self.error, self.tokens, self.data, self.loss): part.value = ""
-        self.picture.value = BLANK
+        self.picture.layout.display = "none"
         name = self.feature.value
         feature = own_feature(self.active.value, self.inactive.value) if name == OWN else self.features[name]()
         if self.lm is None:
@@ -577,7 +578,7 @@ class Explorer(widgets.VBox):
         if self.begun is None: self.begun = done
         over = done - self.begun >= LONGEST or done - self.begun >= 10 and has_collapsed(exploration.trace, restarts)
         if over: self.worker.pause()
-        self._show(picture=over or time.perf_counter() - self.shown > 2 * self.cost)
+        self._show(picture=over or time.perf_counter() - self.shown > self.cost)
         return not over
 
     def _ready(self) -> Exploration:
@@ -595,7 +596,7 @@ class Explorer(widgets.VBox):
                              f"settled after {seen.step} steps: each restart has its word" if seen.settled else
                              f"paused after step {seen.step}")
         if not picture: return
-        self.picture.value = png(draw(seen))
+        self.picture.value, self.picture.layout.display = png(draw(seen)), None
         self.shown = time.perf_counter()
         self.cost = self.shown - start
 
