@@ -1,4 +1,4 @@
-# Two commands do everything: `make reproduce` and `make test`. Each makes .venv if it is missing.
+# Three commands do everything: `make reproduce`, `make test` and `make workshop`. Each makes .venv if it is missing.
 
 SHELL       := bash
 .SHELLFLAGS := -o pipefail -c
@@ -16,9 +16,12 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c 'import sys
 # What `make reproduce` passes on: QUICK=1, SEEDS=n, EXPERIMENTS="animals"
 OPTIONS := $(EXPERIMENTS) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(QUICK),--quick)
 
+# What `make workshop` passes on: PORT=n, and for a page that other computers can reach BIND=address PUBLIC=1
+SERVE := $(if $(BIND),--host $(BIND)) $(if $(PORT),--port $(PORT)) $(if $(PUBLIC),--public)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test export
+.PHONY: help reproduce test workshop export browser
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -27,9 +30,19 @@ reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (
 	$(BIN)/tokenlabel fetch
 	$(BIN)/tokenlabel $(strip reproduce $(OPTIONS))
 
-test: $(STAMP) ## check that code, notebooks and README agree, run the lessons and the tests
+test: $(STAMP) browser ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal tests
+
+workshop: $(STAMP) ## serve the explorer as a web page on this computer   (PORT=n; for others, too: BIND=address PUBLIC=1)
+	$(BIN)/tokenlabel fetch
+	$(BIN)/tokenlabel $(strip workshop $(SERVE))
+
+# The tests in a browser need Chromium, which pip cannot install. Without it they are skipped, and counted as that.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } \
+	  || echo "No chromium here: the tests in a browser will be skipped. On Debian: apt-get install chromium"
 
 export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clean these
 	$(BIN)/nbdev_export
@@ -48,5 +61,5 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(if $(PYTHON)$(wildcard $(BIN)/python),,$(error tokenlabel needs Python 3.11 or newer, found $(shell python3 --version 2>&1); \
 	  install it, or name it: make PYTHON=/path/to/python3.11))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,workshop]'
 	touch $@

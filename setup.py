@@ -29,6 +29,6 @@ setup(
     packages=[settings["lib_path"]],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "workshop")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

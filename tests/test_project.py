@@ -98,13 +98,17 @@ def settings():
     return parser["DEFAULT"]
 
 
+def listed_requirements(settings):
+    return " ".join(settings[name] for name in ("requirements", "dev_requirements", "workshop_requirements")).split()
+
+
 def test_the_installed_package_is_what_settings_say(settings):
     installed = distribution(settings["lib_name"])
     assert installed.version == settings["version"] and installed.metadata["License"] == "Apache-2.0"
     [script] = [entry for entry in installed.entry_points if entry.group == "console_scripts"]
     assert f"{script.name}={script.value}" == settings["console_scripts"]
     required = {canonicalize_name(Requirement(text).name) for text in installed.requires}
-    listed = (settings["requirements"] + " " + settings["dev_requirements"]).split()
+    listed = listed_requirements(settings)
     assert required == {canonicalize_name(Requirement(text).name) for text in listed}
 
 
@@ -112,7 +116,7 @@ def test_constraints_pin_versions_that_settings_allow(settings):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions, no paths, no local versions"
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
-    for text in (settings["requirements"] + " " + settings["dev_requirements"]).split():
+    for text in listed_requirements(settings):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
 
@@ -134,7 +138,22 @@ def test_make_passes_on_what_it_is_given(copy):
     shown = make("-n", "reproduce", "QUICK=1", "SEEDS=3", "EXPERIMENTS=animals numbers", cwd=copy)
     assert shown.splitlines()[-1].endswith("tokenlabel reproduce animals numbers --seeds 3 --quick")
     assert make("-n", "reproduce", cwd=copy).splitlines()[-1].endswith("tokenlabel reproduce")
-    for target in ("reproduce", "test", "export"): assert f"make {target}" in make(cwd=copy), "make alone is make help"
+    for target in ("reproduce", "test", "workshop", "export"): assert f"make {target}" in make(cwd=copy), "make alone is make help"
+
+
+def test_make_workshop_passes_on_where_to_serve(copy):
+    assert make("-n", "workshop", cwd=copy).splitlines()[-1].endswith("tokenlabel workshop")
+    shown = make("-n", "workshop", "PORT=9000", "BIND=0.0.0.0", "PUBLIC=1", cwd=copy).splitlines()[-1]
+    assert shown.endswith("tokenlabel workshop --host 0.0.0.0 --port 9000 --public")
+
+
+def test_make_test_goes_on_without_a_browser_and_says_so(copy):
+    (copy / "bin").mkdir()
+    for name in ("bash", "echo", "test", "id"): (copy / "bin" / name).symlink_to(shutil.which(name))
+    make_path = shutil.which("make")
+    done = subprocess.run([make_path, "browser", f"SHELL={shutil.which('bash')}"], cwd=copy, capture_output=True, text=True,
+                          env={"PATH": str(copy / "bin")})
+    assert done.returncode == 0 and "tests in a browser will be skipped" in done.stdout
 
 
 def test_make_without_a_fitting_python_says_so(copy):

@@ -18,6 +18,7 @@ _home = {
     "label_feature": "optimize",
     "LabelResult": "optimize",
     "check_evaluator": "evaluator",
+    "explore": "widgets",
     "LossWeights": "optimize",
 }
 # nbdev makes `__all__` of this, and can only read a plain list.

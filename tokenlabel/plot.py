@@ -20,6 +20,7 @@ from functools import lru_cache
 from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
+from threading import RLock
 
 import matplotlib.path as mpath
 import matplotlib.pyplot as plt
@@ -48,13 +49,15 @@ RC = {
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GRAY = (
     "black", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C")
 
+_style_lock = RLock()              # settings are global; the explorer draws in a thread of its own
+
 @contextmanager
 def style() -> Iterator[None]:
     "The settings of all figures here, for the length of a `with` block; also a decorator."
     if not any(font.fname == str(CJK_FONT) for font in font_manager.fontManager.ttflist):
         font_manager.fontManager.addfont(str(CJK_FONT))
     plt.draw_if_interactive()       # loads the backend: what Jupyter's sets when it is loaded must outlive the block
-    with plt.style.context(["default", RC]): yield
+    with _style_lock, plt.style.context(["default", RC]): yield
 
 # %% ../nbs/09_plot.ipynb #b5554214
 @lru_cache

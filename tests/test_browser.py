@@ -1,0 +1,233 @@
+"""The explorer as people use it: in a real browser, as a web page and in JupyterLab.
+
+Needs Chromium, which `make test` installs on Debian; without it these tests are skipped.
+"""
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+PATIENCE = 60_000  # milliseconds, for a machine that is busy with something else as well
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def serving(command, url, folder):
+    "A server that answers at `url`, ended with all its processes."
+    log = folder / "server.log"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    settings = {name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=inherited | settings)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try: urllib.request.urlopen(url + "/static/base/images/favicon.ico", timeout=1)
+            except urllib.error.HTTPError: break  # it answers
+            except OSError: time.sleep(0.1)
+            else: break
+        yield server, log
+    finally:
+        children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        for process in [server, *children]: process.send_signal(signal.SIGTERM)
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+        for child in psutil.wait_procs(children, timeout=5)[1]: child.kill()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab with a notebook that calls `explore`; starts while the tests of the page run."
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    cells = [nbformat.v4.new_code_cell("import tokenlabel as tl\nexplorer = tl.explore()\nexplorer"),
+             nbformat.v4.new_code_cell("explorer.close()\nimport threading\n"
+                                       "print('threads:', [t.name for t in threading.enumerate() if 'explorer' in t.name])")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(
+        kernelspec=dict(name="python3", display_name="python3", language="python"))), folder / "explore.ipynb")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.root_dir=" + str(folder)]
+    with serving(command, f"http://127.0.0.1:{port}", folder): yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    "`tokenlabel workshop`: its address, as it says it, and its process."
+    folder, port = tmp_path_factory.mktemp("workshop"), free_port()
+    command = [sys.executable, "-c", "from tokenlabel import cli; cli.IDLE = 5; "
+               f"raise SystemExit(cli.main(['workshop', '--port', '{port}']))"]
+    with serving(command, f"http://127.0.0.1:{port}", folder) as (server, log):
+        [address] = re.findall(r"the explorer is at (\S+)", log.read_text())
+        yield address, server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, address):
+    page = browser.new_page(viewport=dict(width=1280, height=860))
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    # What a page asks for elsewhere may hang where there is no network.
+    page.route(lambda url: not url.startswith("http://127.0.0.1"), lambda route: route.abort())
+    page.goto(address, wait_until="commit")
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser, workshop):
+    "The web page, after the language model has read the data."
+    page = opened(browser, workshop[0])
+    expect(page.locator(".tl-top")).to_be_visible()
+    yield page
+    page.close()
+
+
+def button(page, name): return page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$"))
+def press(page, name): button(page, name).click()
+def picture(page): return page.locator("img.widget-image").get_attribute("src")
+def status(page): return page.get_by_text(re.compile("^(running|paused|settled)"))
+def steps(page): return int(re.search(r"after step (\d+)", page.locator(".tl-step").inner_text())[1])
+
+
+def at_step(page, least):
+    "Wait until that many steps are taken."
+    page.wait_for_function("least => { const m = document.body.innerText.match(/of the label, after step (\\d+)/); "
+                           "return m && +m[1] >= least }", arg=least)
+
+
+def slider(page, name):
+    "The handle of a slider, which listens to arrow keys."
+    return page.locator(".widget-slider", has=page.get_by_text(name, exact=True)).locator(".noUi-handle")
+
+
+def readout(page, name):
+    return page.locator(".widget-slider", has=page.get_by_text(name, exact=True)).locator(".widget-readout")
+
+
+def test_the_page_shows_no_code(page):
+    assert "import tokenlabel" not in page.content() and "tl.explore" not in page.inner_text("body")
+    expect(page.get_by_role("heading", name="Label a feature")).to_be_visible()
+
+
+def test_a_run_moves_label_picture_and_sliders(page):
+    first, label = picture(page), page.locator(".tl-top").inner_text()
+    press(page, "Run")
+    expect(status(page)).to_contain_text("running")
+    at_step(page, 12)
+    expect(page.locator(".tl-top")).not_to_have_text(label)
+    assert picture(page) != first
+    assert float(readout(page, "temperature").inner_text()) < 0.8
+    assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, and no hand"
+
+
+def test_a_slider_moved_while_it_runs_acts_without_starting_over(page):
+    before = steps(page)
+    slider(page, "KL").focus()
+    for _ in range(5): page.keyboard.press("ArrowRight")
+    value = float(readout(page, "KL").inner_text())
+    assert value > 0.02
+    expect(page.locator(".tl-loss")).to_contain_text(f"{value:.2f} × KL")
+    assert steps(page) >= before and "running" in status(page).inner_text()
+
+
+def test_a_hand_on_the_temperature_takes_over_from_annealing(page):
+    slider(page, "temperature").focus()
+    for _ in range(3): page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("checkbox")).not_to_be_checked()
+    value, now = readout(page, "temperature").inner_text(), steps(page)
+    at_step(page, now + 4)
+    assert readout(page, "temperature").inner_text() == value
+
+
+def test_pause_stays_where_it_is_and_step_takes_one(page):
+    press(page, "Pause")
+    expect(status(page)).to_contain_text("paused")
+    at, shown = steps(page), picture(page)
+    page.wait_for_timeout(1500)
+    assert (steps(page), picture(page)) == (at, shown)
+    press(page, "Step")
+    at_step(page, at + 1)
+    assert steps(page) == at + 1
+    expect(status(page)).to_have_text(f"paused after step {at + 1}")
+
+
+def test_restart_begins_anew(page):
+    assert steps(page) > 1
+    press(page, "Restart")
+    expect(status(page)).to_have_text("paused after step 1")
+
+
+def test_a_word_in_both_lists_is_an_error_that_can_be_mended(page):
+    page.get_by_role("combobox").first.select_option("my own words")
+    active, inactive = page.locator("textarea").first, page.locator("textarea").nth(1)
+    active.fill("hammer saw drill")
+    inactive.fill("sofa, saw, tree")
+    press(page, "Use these words")
+    expect(page.locator(".tl-error")).to_contain_text("saw")
+    expect(page.locator(".tl-word")).to_have_count(0)
+    inactive.fill("sofa, chair, tree")
+    press(page, "Use these words")
+    expect(page.locator(".tl-word")).to_have_text(["hammer", "saw", "drill", "sofa", "chair", "tree"])
+    expect(page.locator(".tl-error")).to_have_count(0)
+    press(page, "Run")
+    at_step(page, 4)
+    press(page, "Pause")
+
+
+def test_a_page_that_is_left_takes_its_process_with_it(page, workshop):
+    [kernel] = psutil.Process(workshop[1].pid).children(recursive=True)
+    page.goto("about:blank")
+    kernel.wait(30)
+
+
+def test_a_public_address_is_refused_unless_asked_for():
+    command = [str(Path(sys.executable).with_name("tokenlabel")), "workshop", "--host", "0.0.0.0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--public" in done.stderr and "the explorer is at" not in done.stdout
+
+
+def test_jupyterlab_runs_the_explorer_and_closes_it(browser, lab):
+    page = opened(browser, lab + "/lab/tree/explore.ipynb?reset")
+    expect(page.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute("data-status", "idle")
+    page.locator(".jp-CodeCell").first.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Shift+Enter")
+    expect(page.locator(".tl-top")).to_be_visible()
+    first, label = picture(page), page.locator(".tl-top").inner_text()
+    press(page, "Run")
+    at_step(page, 8)
+    slider(page, "KL").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".tl-loss")).to_contain_text("0.03 × KL")
+    assert picture(page) != first and page.locator(".tl-top").inner_text() != label
+    page.locator(".jp-CodeCell").nth(1).locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Shift+Enter")
+    expect(page.get_by_text("threads: []")).to_be_visible()
+    page.close()
