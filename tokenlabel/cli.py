@@ -58,19 +58,20 @@ def _reproduce(options) -> int:
         if getattr(options, name) is not None: parameters[name] = getattr(options, name)
     if options.lm is not None:   # the notebook runs in its own folder, where a relative path would lead elsewhere
         parameters["lm"] = str(Path(options.lm).resolve()) if Path(options.lm).exists() else options.lm
+    figures = options.figures or (options.runs / "quick" if options.quick else Path("figures"))
     notebooks = [find_experiment(experiment) for experiment in options.experiments or list_experiments()]
     for notebook in notebooks: check_parameters(notebook, parameters)
     for notebook in notebooks:
         print(f"{notebook.stem}: running", flush=True)
         start = time.perf_counter()
-        try: executed = run_experiment(notebook, parameters, figures=options.figures, runs=options.runs)
+        try: executed = run_experiment(notebook, parameters, figures=figures, runs=options.runs)
         except ExperimentError as error:
             print(f"tokenlabel: error: {error}", file=sys.stderr)
             return 1
         print(f"{notebook.stem}: {time.perf_counter() - start:.0f} s, executed notebook {executed}, "
-              f"figures in {options.figures}")
+              f"figures in {figures}")
     from tokenlabel.paper import sum_up, verdict_line
-    for verdict in sum_up(options.figures): print(verdict_line(verdict))
+    for verdict in sum_up(figures): print(verdict_line(verdict))
     return 0
 
 # %% ../nbs/12_cli.ipynb #8e2b90c4
@@ -150,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--discriminator", metavar="NAME", help="channel or direct (default: the preset's)")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                            help="any other parameter of the notebooks; may be given several times")
-    reproduce.add_argument("--figures", type=Path, default=Path("figures"), metavar="FOLDER",
-                           help="where the figures go (default: figures)")
+    reproduce.add_argument("--figures", type=Path, metavar="FOLDER",
+                           help="where the figures go (default: figures, with --quick: RUNS/quick)")
     reproduce.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
                            help="where executed notebooks go, and results that the next run can use (default: runs)")
 
