@@ -238,7 +238,7 @@ def shortlist(
     "The `size` best of the tokens that a search has met, by two looks, and each restart's own token."
     ids = torch.tensor([id for id, _ in search.times.most_common(MOST)], device=search.v.device)
     ids = best_by_look(search, ids, max(size, SECOND), max(2, search.batch_size // 4), turn=search.done)
-    ids = best_by_look(search, ids, size, search.batch_size)
+    ids = best_by_look(search, ids, size, max(2, search.batch_size // 2))
     own = search.log_p(1.0).argmax(-1).tolist()
     for id, restart in zip(own, range(len(own))): search.met.setdefault(id, (search.done, restart))
     return list(dict.fromkeys(own + ids.tolist()))
@@ -300,7 +300,7 @@ def polish(
         known = set(ranking.token_id)
         new = [id for id in neighbors(search, ranking.token_id[:STARTS].tolist()) if id not in known]
         if not new: break
-        best = best_by_look(search, torch.tensor(new, device=z.device), STARTS, search.batch_size)
+        best = best_by_look(search, torch.tensor(new, device=z.device), STARTS, max(2, search.batch_size // 2))
         more, z_more = rank_labels(search.discriminator, best, search.weights)
         better = more.loss[0] < ranking.loss[0]
         both = pd.concat([ranking, more], ignore_index=True).sort_values("loss", kind="stable")
