@@ -158,7 +158,7 @@ def test_reproduce_passes_on_what_was_given(monkeypatch, tmp_path):
     options = ["--seeds", "3", "--quick", "--set", "rate=.5", "--set", "name=x", "--lm", "model.gguf"]
     assert main(["reproduce", "a", "b", *options]) == 0
     parameters = {"seeds": 3, "quick": True, "rate": .5, "name": "x", "lm": str(tmp_path / "model.gguf")}
-    folders = {"figures": Path("figures"), "runs": Path("runs")}
+    folders = {"figures": Path("runs/quick"), "runs": Path("runs")}  # the figures of the report stay
     assert ran == [("a", parameters, folders), ("b", parameters, folders)]
     ran.clear()
     assert main(["reproduce", "a", "--lm", "some/model", "--figures", "f"]) == 0
