@@ -527,7 +527,7 @@ def gumbel(task: Task, restarts: int = 3, steps: int = 50, lr: float = 0.5) -> I
 
 
 def tokenspace(task: Task, steps: int = 50, candidates: int = 10) -> Iterator[None]:
-    "The method of this package, with the defaults of `label_feature`."
+    "The method of this package, with the defaults of `label_feature`, up to its polish."
     while True:
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
         rows = []
@@ -701,7 +701,7 @@ def plot_races(
 ) -> Figure:  # two columns wide
     "Regret and held-out AUROC of each rival against its cost, mean over features and seeds."
     ends = races.groupby(["rival", "feature", "seed"]).positions.max()
-    costs = np.geomspace(races.positions.min(), ends.max(), 400)
+    costs = np.union1d(np.geomspace(races.positions.min(), ends.max(), 400), ends)
     panels = (("regret", "Loss above the lowest of all labels"), ("auroc_heldout", "Held-out AUROC"))
     with style():
         fig = Figure(figsize=(2 * WIDTH + 0.2, HEIGHT))
