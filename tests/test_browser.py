@@ -25,8 +25,8 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 PATIENCE = 180_000  # milliseconds, for a machine that is busy with something else as well
 
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium"),
-              pytest.mark.xdist_group("browser")]  # one visit to one page, told in several tests
+# One visit to one page, told in several tests, which have to run in order in one process.
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")
 
 
 def free_port() -> int:
