@@ -77,7 +77,7 @@ def check_spans(
         except (TypeError, ValueError):
             raise ValueError(f"span {given!r} is not (start, end, activation) with whole start and end") from None
         with located(f"span [{start}, {end})"):
-            if start < 0 or end > len(text): raise ValueError(f"out of range, the text has {len(text)} characters")
+            if start < 0 or not 0 <= end <= len(text): raise ValueError(f"out of range, the text has {len(text)} characters")
             if not text[start:end].strip(): raise ValueError("empty, it covers no visible character")
             checked.append(Span(start, end, check_activation(activation)))
     checked.sort()
