@@ -17,13 +17,13 @@ from test_discriminator import naive_logits
 from transformers import AutoModelForCausalLM
 
 import tokenlabel.optimize as module
-from tokenlabel.direct import Question
+from tokenlabel.direct import Question, direct
 from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, has_collapsed, label_feature, rank_labels,
-                                 schedule)
+from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_kl, has_collapsed, label_feature,
+                                 rank_labels, schedule, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -118,7 +118,7 @@ def test_without_calibration_the_loss_is_that_of_the_logits_as_they_are():
     search = Search(judge, calibrated=False, batch_size=16, restarts=1)
     log_p = search.log_p(1.0)
     [row] = search.step()
-    z = judge.logits(embed_softlabel(log_p, lm)[:, None], judge.batch(), turn=0)
+    z = judge.logits(embed_softlabel(log_p, lm), judge.batch(), turn=0)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(z[0], judge.tokens.activation.to(z))
     assert row["accuracy_loss"] == pytest.approx(loss.item(), rel=1e-5)  # as many active words as inactive ones
 
@@ -147,9 +147,9 @@ def test_weight_decay_shrinks_v_where_the_gradient_is_zero():
     lm = make_tiny_lm("llama")
     search = Search(channel(lm, tokenize(WORDS, lm)), lr=0.5, weight_decay=0.1, restarts=1)
     outside = (~lm.admissible).nonzero()[0]
-    before = search.v[0, outside].item()
+    before = search.v[0, 0, outside].item()
     search.step()
-    assert search.v[0, outside].item() == pytest.approx(before * (1 - 0.5 * 0.1), rel=1e-5)
+    assert search.v[0, 0, outside].item() == pytest.approx(before * (1 - 0.5 * 0.1), rel=1e-5)
 
 
 def test_a_step_looks_through_one_prompt_and_all_turns_together_are_the_mean():
@@ -290,18 +290,20 @@ def test_the_label_is_among_the_best_tokens_there_are(family):
         assert found.label == found.ranking.label[0] and rank[0] < 0.01 and np.median(rank) < 0.25, rank
 
 
-def test_a_step_is_one_of_adam_on_the_objective():
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_a_step_is_one_of_adam_on_the_objective(label_tokens):
     lm = make_tiny_lm("llama")
     tokens = tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0))
     judge, weights = channel(lm, tokens), LossWeights(1.0, 0.5, 0.1, 0.4)
-    search = Search(judge, weights=weights, restarts=2, steps=6, lr=0.3, temperature=(2.0, 0.5))
+    search = Search(judge, weights=weights, restarts=2, label_tokens=label_tokens, steps=6, lr=0.3,
+                    temperature=(2.0, 0.5))
     v = search.v.detach().clone().requires_grad_()
     adam, fit = torch.optim.Adam([v], lr=0.3), ~tokens.heldout
     for step in range(6):
         tau, entropy_weight = 2.0 * 0.25 ** (step / 5), 0.5 * step / 5
         log_p = log_softlabel(v, tau, lm.admissible)
-        z = judge.logits(embed_softlabel(log_p, lm)[:, None], make_batch(tokens), turn=step)[:, fit]
-        losses = objective(z, tokens.activation[fit], log_p, judge.log_prior,
+        z, log_prior = judge.read(embed_softlabel(log_p, lm), make_batch(tokens), turn=step)
+        losses = objective(z[:, fit], tokens.activation[fit], log_p, log_prior,
                            LossWeights(1.0, entropy_weight, 0.1, 0.4))
         adam.zero_grad()
         losses.total.sum().backward()
@@ -692,3 +694,86 @@ def test_a_small_feature_gets_its_name(lm):
     result = label_feature(fruit, lm, restarts=2, steps=30, heldout=0, progress=False)
     assert result.label in (" fruit", " fruits")
     assert result.ranking.auroc_fit[0] > 0.95
+
+
+def whole_log_prob(lm, prompt, label):
+    "Log-probability of a label's tokens behind a prompt's beginning, from one full forward pass."
+    ids = torch.tensor([[*prompt.before, *label]])
+    logits = lm.model(ids).logits[0].float().masked_fill(~lm.admissible, -1e9).log_softmax(-1)
+    return sum(logits[len(prompt.before) - 1 + t, id] for t, id in enumerate(label))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_the_kl_of_a_long_label_is_minus_its_log_probability(family):
+    lm = make_tiny_lm(family)
+    judge = channel(lm, tokenize(WORDS, lm))
+    labels = lm.admissible.nonzero()[:, 0][torch.randint(100, (7, 3), generator=torch.Generator().manual_seed(0))]
+    expected = [-sum(whole_log_prob(lm, p, label) for p in judge.prompts) / len(judge.prompts) for label in labels.tolist()]
+    assert hard_kl(judge, labels).tolist() == pytest.approx(torch.stack(expected).tolist(), abs=1e-3)
+    z, log_prior = judge.read(lm.embed(labels), judge.batch())
+    assert -log_prior.gather(2, labels[:, :, None]).sum((1, 2)) == pytest.approx(torch.stack(expected), abs=1e-3)
+    assert torch.allclose(z, judge.hard_logits(labels, judge.batch()), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_direct_discriminator_expects_each_token_given_those_before():
+    lm = make_tiny_lm("llama")
+    judge = direct(lm, tokenize(WORDS, lm))
+    labels = torch.tensor([[70, 80, 90], [91, 60, 75]])
+    z, log_prior = judge.read(lm.embed(labels), judge.batch())
+    assert torch.allclose(z, judge.hard_logits(labels, judge.batch()), atol=1e-4)
+    for t in (1, 2):  # `SOME` units are all that there are here
+        assert torch.allclose(log_prior[:, t], judge.next_log_prior(lm.embed(labels[:, :t])), atol=1e-3)
+    assert torch.allclose(log_prior[:, 0], judge.log_prior.expand(2, -1))
+
+
+@torch.no_grad()
+def test_top_labels_are_the_most_probable_pairs():
+    lm = make_tiny_lm("llama")
+    log_p = log_softlabel(torch.randn(2, len(lm.embedding), generator=torch.Generator().manual_seed(0)), 0.3, lm.admissible)
+    pairs = (log_p[0][:, None] + log_p[1]).flatten()
+    best = pairs.topk(10)
+    found = top_labels(log_p, lm, 10)
+    assert [a * len(lm.embedding) + b for (a, b), _ in found] == best.indices.tolist()
+    assert [p for _, p in found] == pytest.approx(best.values.exp().tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("discriminator", ["channel", "direct"])
+def test_labels_of_two_tokens_read_as_they_are_written(discriminator, tmp_path):
+    lm = make_tiny_lm("llama")
+    found = label_feature(WORDS, lm, discriminator, label_tokens=2, steps=4, restarts=2, progress=False)
+    for row in found.ranking.itertuples():
+        assert tuple(lm.encode(row.label)) == row.token_id and len(row.token_id) == 2
+    assert found.label == found.ranking.label[0] and found.ranking.loss.is_monotonic_increasing
+    assert found.ranking.token_id.is_unique
+    again = LabelResult.load(found.save(tmp_path / "two"))
+    pd.testing.assert_frame_equal(again.ranking, found.ranking)
+    same = label_feature(WORDS, lm, discriminator, label_tokens=2, steps=4, restarts=2, progress=False)
+    pd.testing.assert_frame_equal(same.ranking, found.ranking)
+    pd.testing.assert_frame_equal(same.trace, found.trace)
+
+
+def test_a_later_token_feels_what_comes_before_it():
+    lm = make_tiny_lm("llama")
+    judge = channel(lm, tokenize(WORDS, lm))
+    label = lm.embed(torch.tensor([[70, 80], [91, 80]])).requires_grad_()
+    _, log_prior = judge.read(label, judge.batch())
+    assert not torch.allclose(log_prior[0, 1], log_prior[1, 1])
+    log_prior[0, 1, 80].backward()
+    assert label.grad[0, 0].abs().max() > 0 and label.grad[0, 1].abs().max() == 0 and label.grad[1].abs().max() == 0
+
+
+def test_a_token_is_added_only_if_it_pays_on_held_out_words():
+    options = dict(steps=3, restarts=2, progress=False)
+    lm = make_tiny_lm("llama")
+    never, lengths = module.label_length(WORDS, lm, margin=100.0, **options)
+    assert never.settings["label_tokens"] == 1 and lengths.index.tolist() == [1, 2]
+    always, lengths = module.label_length(WORDS, lm, margin=-100.0, longest=2, **options)
+    assert always.settings["label_tokens"] == 2 and lengths.label.tolist() == [never.label, always.label]
+    chosen = label_feature(WORDS, lm, label_tokens="auto", **options)
+    assert chosen.label in set(module.label_length(WORDS, lm, **options)[1].label)
+    with pytest.raises(ValueError, match="heldout=0 leaves nothing"):
+        label_feature(WORDS, lm, label_tokens="auto", heldout=0, **options)
+    with pytest.raises(ValueError, match='neither a whole number nor "auto"'):
+        label_feature(WORDS, lm, label_tokens="two", **options)

@@ -48,7 +48,7 @@ def rivals(
     "The tokens that a search meets most often in its first steps."
     search = Search(judge, weights=weights, seed=seed)
     for _ in range(steps): search.step()
-    return [id for id, _ in search.times.most_common(RIVALS)]
+    return [id for (id,), _ in search.times.most_common(RIVALS)]
 
 # %% ../nbs/06b_evaluator.ipynb #75c705da
 MOST = {"words": 64, "texts": 16}

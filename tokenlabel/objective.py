@@ -151,7 +151,7 @@ def calibrate(
 # %% ../nbs/05_objective.ipynb #686c5586
 def kl_divergence(
     log_p: Tensor,  # [..., V], soft labels
-    log_prior: Tensor,  # [V], the LM's log-probabilities at the label slot, averaged over prompts
+    log_prior: Tensor,  # [V] or [..., V], the LM's log-probabilities at the label slot, averaged over prompts
 ) -> Tensor:  # [...], in nats
     "KL divergence of the soft label from the LM's own expectation, averaged over the prompts."
     return (log_p.exp() * (log_p - log_prior)).sum(-1)
@@ -170,8 +170,8 @@ class Losses(NamedTuple):
 def objective(
     z: Tensor,  # [R, U], the discriminator's logits without bias
     activation: Tensor,  # [U], in [0, 1]
-    log_p: Tensor,  # [R, V], soft labels
-    log_prior: Tensor,  # [V], the LM's own log-probabilities at the label slot
+    log_p: Tensor,  # [R, V], soft labels; [R, T, V] for labels of T tokens: their entropies and KLs are added
+    log_prior: Tensor,  # [V], or like log_p: the LM's own log-probabilities, given the tokens before
     weights: LossWeights,
     scale: bool = False,  # whether to fit a scale to the logits; the accuracy loss then has Platt's targets
     calibrated: bool = True,  # False: the logits as they are, as in the paper, without bias or scale
@@ -181,7 +181,7 @@ def objective(
     else: factor, bias = torch.ones_like(z[..., 0]), torch.zeros_like(z[..., 0])
     fitted = factor[..., None] * z + bias[..., None]
     accuracy = balanced_bce(fitted, activation, weights.active, smooth=scale and calibrated)
-    h, kl = entropy(log_p), kl_divergence(log_p, log_prior)
+    h, kl = (each.reshape(len(z), -1).sum(1) for each in (entropy(log_p), kl_divergence(log_p, log_prior)))
     return Losses(weights.accuracy * accuracy + weights.entropy * h + weights.kl * kl, accuracy, h, kl, bias,
                   factor)
 

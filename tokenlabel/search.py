@@ -532,7 +532,7 @@ def tokenspace(task: Task, steps: int = 50, candidates: int = 10) -> Iterator[No
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
         rows = []
         while search.done < steps and not has_collapsed(rows, len(search.v)): rows += search.step()
-        task.score(torch.tensor(shortlist(search, candidates), device=task.lm.device))
+        task.score(torch.tensor(shortlist(search, candidates), device=task.lm.device)[:, 0])
         yield
         task.seed += 1_000_000  # there is budget left: once more, from another start
 

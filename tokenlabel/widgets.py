@@ -116,12 +116,12 @@ class Remembering:
         units = len(self.judge.tokens.activation)
         self.z = self.z[:keep] if keep else torch.zeros(0, units)
 
-    def logits(self, label: Tensor, batch, *more, **others) -> Tensor:
-        z = self.judge.logits(label, batch, *more, **others)
+    def read(self, label: Tensor, batch, *more, **others) -> tuple[Tensor, Tensor]:
+        z, log_prior = self.judge.read(label, batch, *more, **others)
         if len(z) > len(self.z):
             self.z = torch.cat([self.z, self.z.new_full((len(z) - len(self.z), self.z.shape[1]), float("nan"))])
         self.z[:, batch.unit] = z.detach().float().cpu()
-        return z
+        return z, log_prior
 
 # %% ../nbs/10_widgets.ipynb #2b11c192
 STEP_UNITS = {"channel": 64, "direct": 6}  # words, texts or questions that a step looks at, at most
@@ -177,14 +177,14 @@ class Exploration:
     def look(self, ids: list[int]) -> None:
         "Try single tokens as labels, on all the data."
         if not ids: return
-        accuracy, kl, _ = score_labels(self.judge, torch.tensor(ids, device=self.judge.lm.device),
+        accuracy, kl, _ = score_labels(self.judge, torch.tensor(ids, device=self.judge.lm.device)[:, None],
                                        self.controls.weights, self.judge.batches())
         self.points |= dict(zip(ids, zip(accuracy.tolist(), kl.tolist())))
 
     def _unknown(self, count: int) -> list[int]:
         "Tokens not tried yet: the most probable one of each restart, then those met most often."
-        leaders = self.search.v.detach().masked_fill(~self.judge.lm.admissible, -torch.inf).argmax(-1).tolist()
-        met = [id for id, _ in self.search.times.most_common(len(self.points) + count)]
+        leaders = self.search.log_p(1.0).detach()[:, 0].argmax(-1).tolist()
+        met = [id for (id,), _ in self.search.times.most_common(len(self.points) + count)]
         return [id for id in dict.fromkeys(leaders + met) if id not in self.points][:count]
 
     def _resize(self, restarts: int) -> None:
@@ -195,7 +195,7 @@ class Exploration:
             self.trace = [row for row in self.trace if row["restart"] < restarts]
             self.judge.forget(restarts)
         while len(self.rows) < restarts:
-            [row] = initial_v(self.judge.log_prior, 1, self.search.generator)
+            row = initial_v(self.judge.log_prior, 1, self.search.generator)  # [1, V]: one slot
             self.rows.append(row.clone().requires_grad_())
             self.search.adam.add_param_group(dict(params=[self.rows[-1]]))
 
