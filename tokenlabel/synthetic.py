@@ -6,9 +6,9 @@
 __all__ = ['MAMMALS', 'OTHER_ANIMALS', 'FAMILIAR_ANIMALS', 'OBJECTS', 'OTHER_WORDS', 'NEAR_ANIMALS', 'CHINESE_WORDS',
            'FOREIGN_WORDS', 'NEAR_CHINESE', 'NUMBER_WORDS', 'DIGITS', 'NEAR_NUMBERS', 'PALINDROMES', 'NEAR_PALINDROMES',
            'SLOT', 'TEMPLATES', 'FILLERS', 'SIZE', 'CREATURE_TEMPLATES', 'CHINESE_SENTENCES', 'FOREIGN_SENTENCES',
-           'QUOTES', 'MENTIONS', 'QUANTITY_TEMPLATES', 'QUANTIFIERS', 'PALINDROME_NOUNS', 'plural', 'lexicon', 'draw',
-           'word_feature', 'article', 'fill', 'deal', 'deal_groups', 'text_feature', 'animals', 'mammals', 'chinese',
-           'numbers', 'palindromes']
+           'QUOTES', 'MENTIONS', 'QUANTITY_TEMPLATES', 'QUANTIFIERS', 'PALINDROME_NOUNS', 'TWO_WORDS', 'plural',
+           'lexicon', 'draw', 'word_feature', 'article', 'fill', 'deal', 'deal_groups', 'text_feature', 'animals',
+           'mammals', 'chinese', 'numbers', 'palindromes', 'two_words']
 
 # %% ../nbs/02_synthetic.ipynb #0a7fda71
 import re
@@ -677,3 +677,74 @@ def palindromes(
     slots = {"x": [(3, PALINDROME_NOUNS, 1.0), (1, list(OBJECTS), 0.0)],
              "w": [(3, PALINDROMES, 1.0), (1, NEAR_PALINDROMES, 0.0)]}
     return text_feature("palindromes", [(4, singular), (3, MENTIONS), (1, FILLERS)], slots, size, seed)
+
+# %% ../nbs/02_synthetic.ipynb #12f86632
+TWO_WORDS = {
+    # animals: "baby animals"
+    "baby animals": ("""
+        puppy kitten cub foal calf lamb duckling gosling chick piglet fawn joey cygnet tadpole hatchling caterpillar
+        bunny pup colt kid
+    """, """
+        dog cat lion horse cow sheep duck goose chicken pig deer kangaroo swan frog eagle butterfly rabbit whale
+        toddler infant boy girl table river
+    """),
+    # animals: "sea animals"
+    "sea animals": ("""
+        shark whale dolphin octopus squid lobster crab jellyfish seal tuna salmon starfish oyster shrimp walrus clam
+        mussel stingray porpoise eel
+    """, """
+        lion tiger horse eagle sparrow frog ant spider rabbit camel wolf bear boat anchor beach harbor wave ship river
+        sailor coral lake sand island
+    """),
+    # countries: "European countries"
+    "European countries": ("""
+        France Germany Italy Spain Portugal Norway Sweden Poland Greece Austria Hungary Belgium Denmark Finland Ireland
+        Switzerland Romania Croatia Iceland Bulgaria
+    """, """
+        Brazil Japan China India Mexico Canada Egypt Kenya Australia Peru Chile Vietnam Nigeria Thailand Argentina
+        Paris London Berlin Rome Madrid river table euro castle
+    """),
+    # tools: "kitchen tools", "kitchen utensils"
+    "kitchen tools": ("""
+        spatula whisk ladle grater peeler colander tongs corkscrew spoon strainer knife skillet fork saucepan blender
+        sieve chopsticks toaster teapot tray
+    """, """
+        hammer wrench drill saw chisel screwdriver pliers shovel rake axe sofa bed lamp curtain mirror apple bread soup
+        butter chef violin ladder broom bucket
+    """),
+    # numbers: "prime numbers"
+    "prime numbers": ("""
+        two three five seven eleven thirteen seventeen nineteen 23 29 31 37 41 43 47 53 59 61 67 71
+    """, """
+        four six eight nine ten twelve fourteen fifteen sixteen 21 25 27 33 35 39 49 51 55 57 63 65 apple river table
+    """),
+    # verbs: "past tense"
+    "past tense verbs": ("""
+        ran went ate slept wrote sang drank broke spoke drove flew swam threw caught taught bought walked talked jumped
+        played
+    """, """
+        run go eat sleep write sing drink break speak drive fly swim throw catch teach buy walk talk jump play table
+        yellow quickly river
+    """),
+    # numbers, Chinese: "Chinese numbers"
+    "Chinese numbers": ("""
+        一 二 三 四 五 六 七 八 九 十 百 千 十一 十二 二十 三十 五十 八十 一百 五百
+    """, """
+        人 大 水 山 日 猫 书 学校 今天 老师 one two three seven ten twenty six hundred uno tres vier cinq fünf deux
+    """),
+    # animals: "farm animals"
+    "farm animals": ("""
+        cow pig sheep goat horse chicken hen rooster donkey turkey lamb duck goose ox mule calf bull piglet pony ram
+    """, """
+        lion tiger wolf shark whale eagle snake elephant zebra monkey giraffe penguin crocodile kangaroo tractor barn
+        wheat plough fence farmer village meadow corn bucket
+    """),
+}
+
+def two_words(
+    name: str,   # one of `TWO_WORDS`
+) -> Feature:
+    "Isolated words for which a good label has two words; raises ValueError for a name that there is not."
+    if name not in TWO_WORDS: raise ValueError(f"there is no feature {name!r}; there is {', '.join(TWO_WORDS)}")
+    active, inactive = (words.split() for words in TWO_WORDS[name])
+    return Feature.from_words(name, active, inactive)
