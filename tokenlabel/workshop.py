@@ -51,7 +51,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list): return f"[{', '.join(map(shown, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
-# %% ../nbs/14_workshop.ipynb #4b1853f9
+# %% ../nbs/14_workshop.ipynb #99e04e27
 def compare(
     function: Callable,  # what the learner wrote
     cases: Sequence[tuple],  # arguments to call it with, from plain to awkward
@@ -62,7 +62,8 @@ def compare(
 ) -> Feedback:
     "Call a learner's function, and say which mistake is in it."
     def wrong(message: str) -> Feedback: return Feedback(False, message)
-    if not callable(function): return wrong(f"a function is asked for, and this is {shown(function)}. Hand over its name, without calling it")
+    if not callable(function):
+        return wrong(f"a function is asked for, and this is {shown(function)}. Hand over its name, without calling it")
     for case in cases:
         with_case = f"with {', '.join(map(shown, case))}"
         try: got = function(*deepcopy(case))
@@ -87,33 +88,38 @@ def given(answer: Any, kind: type | tuple[type, ...], what: str) -> Feedback | N
     if not isinstance(answer, kind): return Feedback(False, f"{what} is asked for, and this is {shown(answer)}")
     return None
 
-# %% ../nbs/14_workshop.ipynb #6c635397
+# %% ../nbs/14_workshop.ipynb #74dc18cb
 def check_softmax(my_softmax: Callable) -> Feedback:
     "Check `my_softmax(v, temperature)`, the soft label of a vector."
     return compare(
         my_softmax, [(torch.tensor([2.0, 1.0, 0.0]), 0.5), (torch.tensor([300.0, 299.0, 0.0]), 0.5)],
         lambda v, t: (v / t).softmax(-1),
         {"the temperature plays no part: divide v by it": lambda v, t: v.softmax(-1),
-         "you multiply by the temperature: then a low one evens the mixture out. Divide": lambda v, t: (v * t).softmax(-1),
+         "you multiply by the temperature: then a low one evens the mixture out. Divide":
+          lambda v, t: (v * t).softmax(-1),
          "the temperature comes too late: divide v by it before the exponential": lambda v, t: v.softmax(-1) / t,
          "these do not sum to 1: divide by their sum": lambda v, t: (v / t).exp(),
-         "the exponential is missing, so that negative entries would become negative probabilities": lambda v, t: v / v.sum(),
+         "the exponential is missing, so that negative entries would become negative probabilities":
+          lambda v, t: v / v.sum(),
          "this is log p: take the exponential": lambda v, t: (v / t).log_softmax(-1)},
         "exp(600) is too large for a number of 32 bits: subtract the largest entry first, which changes nothing else",
         "A low temperature sharpens, a high one evens out.")
 
-
+# %% ../nbs/14_workshop.ipynb #98bb875a
 def check_entropy(my_entropy: Callable) -> Feedback:
     "Check `my_entropy(p)`, in nats."
     plain, certain = torch.tensor([0.5, 0.25, 0.125, 0.125]), torch.tensor([1.0, 0.0, 0.0])
     def h(p): return -torch.special.xlogy(p, p).sum(-1)
     return compare(
         my_entropy, [(plain,), (certain,)], h,
-        {"you forgot the minus sign: logarithms of probabilities are negative, and an entropy is not": lambda p: -h(p),
-         "your entropy is in bits: multiply by log 2 = 0.693, or take the natural logarithm": lambda p: h(p) / 0.693147,
+        {"you forgot the minus sign: logarithms of probabilities are negative, and an entropy is not":
+          lambda p: -h(p),
+         "your entropy is in bits: multiply by log 2 = 0.693, or take the natural logarithm":
+          lambda p: h(p) / 0.693147,
          "this is in bits, and the minus sign is missing": lambda p: -h(p) / 0.693147,
          "this is with the logarithm to base 10: take the natural one": lambda p: h(p) / 2.302585,
-         "this is the mean over the tokens: the probabilities are the weights already, so take the sum": lambda p: h(p) / len(p),
+         "this is the mean over the tokens: the probabilities are the weights already, so take the sum":
+          lambda p: h(p) / len(p),
          "each token counts the same here: weigh its -log p with p": lambda p: -p.log().sum(-1),
          "the sum over the tokens is missing": lambda p: -torch.special.xlogy(p, p),
          "this is e to the entropy, the number of tokens that the mixture is as undecided as": lambda p: h(p).exp()},
@@ -121,7 +127,7 @@ def check_entropy(my_entropy: Callable) -> Feedback:
         "sum over the tokens with p > 0",
         "0 for one token, log n for an even mixture of n.")
 
-
+# %% ../nbs/14_workshop.ipynb #c4814377
 def check_embedding(my_embedding: Callable) -> Feedback:
     "Check `my_embedding(p, E)`, the point that the language model reads."
     p, E = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 4.0]])
@@ -136,7 +142,7 @@ def check_embedding(my_embedding: Callable) -> Feedback:
          lambda p, E: (p[:, None] * E).mean(0)},
         praise="A point between the tokens, nearest to those that are probable.")
 
-
+# %% ../nbs/14_workshop.ipynb #98c4ff98
 def check_temperature(my_temperature: float) -> Feedback:
     "Check the temperature at which the first of v = (2, 1, 0) has a probability of 90 %."
     if wrong := given(my_temperature, (int, float), "a temperature"): return wrong
@@ -145,37 +151,44 @@ def check_temperature(my_temperature: float) -> Feedback:
     if abs(p - 0.9) <= 0.01: return Feedback(True, f"It is {100 * p:.1f} % there.")
     return Feedback(False, f"the first token has {100 * p:.0f} % there: a {'higher' if p > 0.9 else 'lower'} temperature")
 
-# %% ../nbs/14_workshop.ipynb #baf4752b
+# %% ../nbs/14_workshop.ipynb #0e6864e1
 def check_log_prob(my_log_prob: Callable) -> Feedback:
     "Check `my_log_prob(logits, token)`, the log-probability of a token."
     return compare(
         my_log_prob, [(torch.tensor([1.0, 3.0, 2.0, 0.0]), 2), (torch.tensor([0.0, 300.0, 100.0]), 2)],
         lambda x, i: x.log_softmax(-1)[i],
-        {"this is the logit itself: only its distance from the logarithm of the sum of all exp(logit) means something": lambda x, i: x[i],
-         "this is the probability: take its logarithm, since products of many of them become too small": lambda x, i: x.softmax(-1)[i],
+        {"this is the logit itself: only its distance from the logarithm of the sum of all exp(logit) means something":
+          lambda x, i: x[i],
+         "this is the probability: take its logarithm, since products of many of them become too small":
+          lambda x, i: x.softmax(-1)[i],
          "this is in bits: take the natural logarithm": lambda x, i: x.log_softmax(-1)[i] / 0.693147,
          "you forgot to pick the token": lambda x, i: x.log_softmax(-1),
          "this is the surprise, which is minus the log-probability": lambda x, i: -x.log_softmax(-1)[i],
-         "this is the distance from the largest logit: all the others have a share, too. Use logsumexp": lambda x, i: x[i] - x.max()},
+         "this is the distance from the largest logit: all the others have a share, too. Use logsumexp":
+          lambda x, i: x[i] - x.max()},
         "A probability of e to the -200 is 0 for a number of 32 bits, and log 0 is not finite. Never leave the "
         "logarithms: logit minus logsumexp",
         "Logit minus logsumexp.")
 
-
+# %% ../nbs/14_workshop.ipynb #d2c931e0
 def check_gain(my_gain: Callable) -> Feedback:
     "Check `my_gain(with_label, without)`, what a label is worth for a word; both are the log-probabilities of its tokens."
     return compare(
         my_gain, [(torch.tensor([-3.0, -0.5]), torch.tensor([-7.0, -1.0]))], lambda a, b: (a - b).sum(),
-        {"the other way round: a label that helps makes a word more likely, and should have a positive logit": lambda a, b: (b - a).sum(),
+        {"the other way round: a label that helps makes a word more likely, and should have a positive logit":
+          lambda a, b: (b - a).sum(),
          "this is one number for each token: the word is likely as all of them together, so sum": lambda a, b: a - b,
-         "this is the mean over the tokens: probabilities of a word's tokens multiply, so their logarithms are summed": lambda a, b: (a - b).mean(),
-         "this looks at the first token only: in Chinese, for one, that may be a third of a character": lambda a, b: a[0] - b[0],
+         "this is the mean over the tokens: probabilities of a word's tokens multiply, so their logarithms are summed":
+          lambda a, b: (a - b).mean(),
+         "this looks at the first token only: in Chinese, for one, that may be a third of a character":
+          lambda a, b: a[0] - b[0],
          "a quotient of logarithms is not the logarithm of a quotient: subtract": lambda a, b: a.sum() / b.sum(),
          "you compare probabilities: stay with logarithms, and subtract": lambda a, b: a.sum().exp() - b.sum().exp(),
-         "the label alone says which words are frequent, too: subtract what the word has without it": lambda a, b: a.sum()},
+         "the label alone says which words are frequent, too: subtract what the word has without it":
+          lambda a, b: a.sum()},
         praise="In nats: how much more likely the label makes the word.")
 
-
+# %% ../nbs/14_workshop.ipynb #4c00c412
 def check_auroc(my_auroc: Callable) -> Feedback:
     "Check `my_auroc(z, active)`, the share of pairs of an active and an inactive word that z puts in the right order."
     z, active = torch.tensor([3.0, 1.0, 2.0, -1.0, -2.0]), torch.tensor([True, True, False, False, False])
@@ -186,33 +199,37 @@ def check_auroc(my_auroc: Callable) -> Feedback:
         lambda z, a: ((pairs(z, a) > 0).double() + 0.5 * (pairs(z, a) == 0)).mean(),
         {"the other way round: count the pairs in which the active word has the larger z":
          lambda z, a: ((pairs(z, a) < 0).double() + 0.5 * (pairs(z, a) == 0)).mean(),
-         "this is the accuracy with a border at 0: the AUROC asks for the order only": lambda z, a: ((z > 0) == a).double().mean(),
+         "this is the accuracy with a border at 0: the AUROC asks for the order only":
+          lambda z, a: ((z > 0) == a).double().mean(),
          "this counts the pairs: divide by how many there are": lambda z, a: (pairs(z, a) > 0).sum(),
          "this is the distance of the means: count pairs in the right order": lambda z, a: z[a].mean() - z[~a].mean(),
-         "a tie is half right: a z that is the same for all words would else have an AUROC of 0": lambda z, a: (pairs(z, a) > 0).double().mean(),
-         "a tie is half right: a z that is the same for all words would else have an AUROC of 1": lambda z, a: (pairs(z, a) >= 0).double().mean()},
+         "a tie is half right: a z that is the same for all words would else have an AUROC of 0":
+          lambda z, a: (pairs(z, a) > 0).double().mean(),
+         "a tie is half right: a z that is the same for all words would else have an AUROC of 1":
+          lambda z, a: (pairs(z, a) >= 0).double().mean()},
         praise="1 is perfect, 0.5 is chance, and below it the order is turned round.")
 
-# %% ../nbs/14_workshop.ipynb #ab2a64f5
+# %% ../nbs/14_workshop.ipynb #27603617
 def check_bce(my_bce: Callable) -> Feedback:
     "Check `my_bce(z, active)`, the cross-entropy in which each class counts half."
     def bce(z, a): return (softplus(-z[a]).mean() + softplus(z[~a]).mean()) / 2
     active = torch.tensor([True, False, False, False])
     return compare(
         my_bce, [(torch.tensor([1.0, -2.0, 0.5, -1.0]), active), (torch.tensor([200.0, 200.0, -1.0, 0.0]), active)], bce,
-        {"every word counts the same here, so that the larger class has the say: mean of each class, then the mean of the two":
+        {"every word counts the same here, so that the larger class has the say: take the mean of each class first":
          lambda z, a: torch.cat([softplus(-z[a]), softplus(z[~a])]).mean(),
          "each class should count half: divide by 2": lambda z, a: 2 * bce(z, a),
          "the sign is wrong: a loss is smaller where the prediction is better": lambda z, a: -bce(z, a),
          "the classes are swapped: for an active word it is -log sigmoid(z)": lambda z, a: bce(-z, a),
-         "this sums within the classes: then the larger class has the say. Take means": lambda z, a: (softplus(-z[a]).sum() + softplus(z[~a]).sum()) / 2,
+         "this sums within the classes: then the larger class has the say. Take means":
+          lambda z, a: (softplus(-z[a]).sum() + softplus(z[~a]).sum()) / 2,
          "one class is missing: inactive words should be predicted, too": lambda z, a: softplus(-z[a]).mean() / 2,
          "this is in bits: take the natural logarithm": lambda z, a: bce(z, a) / 0.693147},
         "1 - sigmoid(200) is 0 in a number of 32 bits, and its logarithm is not finite. -log(1 - sigmoid(z)) is "
         "softplus(z), and that has no such trouble",
         "With z = 0 it is log 2 = 0.69: that of a label that knows nothing.")
 
-
+# %% ../nbs/14_workshop.ipynb #e50e6e59
 def check_kl(my_kl: Callable) -> Feedback:
     "Check `my_kl(p, q)`, how far the label p is from the language model's expectation q, in nats."
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
@@ -235,7 +252,7 @@ ALONE = {"accuracy": ("c", "nothing asks for a single token, and a mixture of ma
          "entropy": ("a", "nothing asks for the data, so whatever leads by chance takes all"),
          "kl": ("b", "the KL is 0 where the label is the language model's own expectation, and nowhere else")}
 
-
+# %% ../nbs/14_workshop.ipynb #80fc6da5
 def check_alone(my_answers: Mapping[str, str]) -> Feedback:
     "Check what each loss does alone: a letter for each of accuracy, entropy and kl."
     if wrong := given(my_answers, dict, "a letter for each loss"): return wrong
@@ -246,20 +263,21 @@ def check_alone(my_answers: Mapping[str, str]) -> Feedback:
         if answer != letter: return Feedback(False, f"{name} alone does not end in {answer}. Look at its line: {why}")
     return Feedback(True, "Each alone is useless. It takes all three.")
 
-
+# %% ../nbs/14_workshop.ipynb #8cf04552
 def check_entropy_weight(my_weight: float, kl_weight: float) -> Feedback:
     "Check a weight of the entropy with which the objective asks for a single token."
     if wrong := given(my_weight, (int, float), "a weight"): return wrong
     if my_weight < 0: return Feedback(False, "a negative weight rewards a mixture")
     if same(my_weight, kl_weight):
-        return Feedback(False, "with equal weights the entropy cancels: -H is in the KL, too, and nothing asks for a single token")
+        return Feedback(False, "with equal weights the entropy cancels: -H is in the KL, too, and nothing asks for a word")
     if my_weight < kl_weight:
-        return Feedback(False, f"the KL has -H in it, so that the entropy counts {my_weight - kl_weight:+.3g} in all: a mixture is rewarded")
+        return Feedback(False, f"the KL has -H in it, so that the entropy counts {my_weight - kl_weight:+.3g} in all: a "
+                               "mixture is rewarded")
     if my_weight > 20 * kl_weight:
-        return Feedback(False, "that is so much that the first step decides, before the data can speak: stay below 20 times the KL's")
+        return Feedback(False, "that is so much that it is decided before the data can speak: stay below 20 times the KL's")
     return Feedback(True, f"The entropy counts {my_weight - kl_weight:+.3g} in all.")
 
-# %% ../nbs/14_workshop.ipynb #ff9ddcf9
+# %% ../nbs/14_workshop.ipynb #a49d15cb
 def _trace(*restarts: tuple[str, Sequence[float]]) -> pd.DataFrame:
     "A trace: for each restart its leading token, a letter a step, and its losses."
     return pd.DataFrame([dict(step=step, restart=r, loss=loss[step], tokens=[leads[step], "z"], probabilities=[0.6, 0.1])
@@ -282,16 +300,18 @@ def _row_of(trace: pd.DataFrame, step: int) -> int:
     best = trace.restart[trace[trace.step == trace.step.max()].loss.idxmin()]
     return int(trace[(trace.step == step) & (trace.restart == best)].index[0])
 
-
+# %% ../nbs/14_workshop.ipynb #9565f045
 def check_decided(my_decided: Callable) -> Feedback:
     "Check `my_decided(trace)`: the step from which on the best restart's most probable token stays the same."
     trace = _trace(("aaabbbbb", [3.0] * 8), ("aabbabbb", [2.0] * 7 + [1.0]), ("cddddddd", [0.5] * 7 + [4.0]),
                    ("eeeeeeef", [5.0] * 8))
     return compare(
         my_decided, [(trace,), (_trace(("aaa", [1.0] * 3)),)], lambda t: _since(_leads(t)),
-        {"this is where it leads for the first time: it loses the lead once more": lambda t: _leads(t).index(_leads(t)[-1]),
-         "this is the first restart: the best one has the lowest loss at the last step": lambda t: _since(_leads(t, 0)),
-         "this is the restart that had the lowest loss of all steps: the best one is that with the lowest loss at the last step":
+        {"this is where it leads for the first time: it loses the lead once more":
+          lambda t: _leads(t).index(_leads(t)[-1]),
+         "this is the first restart: the best one has the lowest loss at the last step":
+          lambda t: _since(_leads(t, 0)),
+         "this restart had the lowest loss of all steps: the best one has the lowest loss at the last step":
          lambda t: _since(_leads(t, int(t.restart[t.loss.idxmin()]))),
          "this is the last step with another token: one too early": lambda t: _since(_leads(t)) - 1,
          "this is where all restarts have decided: look at the best one only":
@@ -299,7 +319,7 @@ def check_decided(my_decided: Callable) -> Feedback:
          "this is the number of a row: look up its step": lambda t: _row_of(t, _since(_leads(t)))},
         praise="Before that step the run could have ended elsewhere.")
 
-
+# %% ../nbs/14_workshop.ipynb #c1cb1dde
 def check_best(my_best: Callable) -> Feedback:
     "Check `my_best(ranking, kl_weight)`: the token with the lowest loss."
     table = pd.DataFrame(dict(token=["·of", "·the", "·animal", "·fauna", "·creature", "·zeal"],
@@ -308,15 +328,17 @@ def check_best(my_best: Callable) -> Feedback:
     def loss(t, w): return (t.accuracy_loss + w * t.kl).reset_index(drop=True)
     return compare(
         my_best, [(table, 0.02), (table, 0.06)], lambda t, w: at(t, loss(t, w).idxmin()),
-        {"this is the token with the lowest accuracy loss, however odd it is there: add the weighted KL": lambda t, w: at(t, t.accuracy_loss.argmin()),
-         "this is the token with the lowest KL, whatever the data say: add it, weighted, to the accuracy loss": lambda t, w: at(t, t.kl.argmin()),
+        {"this is the token with the lowest accuracy loss, however odd it is there: add the weighted KL":
+          lambda t, w: at(t, t.accuracy_loss.argmin()),
+         "this is the token with the lowest KL, whatever the data say: add it, weighted, to the accuracy loss":
+          lambda t, w: at(t, t.kl.argmin()),
          "this is the token with the highest loss": lambda t, w: at(t, loss(t, w).idxmax()),
          "this is the number of the row: the token is asked for": lambda t, w: int(loss(t, w).idxmin()),
          "the weight plays no part: multiply the KL with it": lambda t, w: at(t, (t.accuracy_loss + t.kl).argmin()),
          "this is the lowest loss itself: the token is asked for": lambda t, w: float(loss(t, w).min())},
         praise="The winner depends on the weight, so a label is never better than the weights that it was ranked by.")
 
-
+# %% ../nbs/14_workshop.ipynb #581256fa
 def check_price(my_price: float, hard: float, soft: float) -> Feedback:
     "Check by how much the loss of the word (`hard`) is above that of the mixture (`soft`)."
     if wrong := given(my_price, (int, float), "a number"): return wrong
@@ -326,32 +348,38 @@ def check_price(my_price: float, hard: float, soft: float) -> Feedback:
     if same(my_price, hard / soft): return Feedback(False, "this is the quotient: losses are in nats, so subtract")
     return Feedback(False, f"the word has a loss of {hard:.3f}, the mixture one of {soft:.3f}")
 
-# %% ../nbs/14_workshop.ipynb #dcb58d10
+# %% ../nbs/14_workshop.ipynb #670beaf1
 def check_false_alarms(my_false_alarms: Callable) -> Feedback:
     "Check `my_false_alarms(z, active)`: the share of inactive words that a label fires on."
-    z, active = torch.tensor([2.0, -1.0, 1.0, 3.0, -2.0, -3.0, -0.5]), torch.tensor([True, True, False, False, False, False, False])
+    z, active = torch.tensor([2.0, -1.0, 1.0, 3.0, -2.0, -3.0, -0.5]), torch.arange(7) < 2
     return compare(
         my_false_alarms, [(z, active)], lambda z, a: (z[~a] > 0).double().mean(),
-        {"this is the share of all words: divide by the number of inactive ones": lambda z, a: ((z > 0) & ~a).double().mean(),
+        {"this is the share of all words: divide by the number of inactive ones":
+          lambda z, a: ((z > 0) & ~a).double().mean(),
          "these are the hits, the share of active words that it fires on": lambda z, a: (z[a] > 0).double().mean(),
-         "this is the share of inactive words that it is silent on: one minus that": lambda z, a: (z[~a] <= 0).double().mean(),
+         "this is the share of inactive words that it is silent on: one minus that":
+          lambda z, a: (z[~a] <= 0).double().mean(),
          "this is the share of words that it fires on, right or wrong": lambda z, a: (z > 0).double().mean(),
          "this is the number of false alarms: divide by the number of inactive words": lambda z, a: (z[~a] > 0).sum(),
-         "this is the share of the firings that are wrong: divide by the number of inactive words instead": lambda z, a: (~a[z > 0]).double().mean()},
+         "this is the share of the firings that are wrong: divide by the number of inactive words instead":
+          lambda z, a: (~a[z > 0]).double().mean()},
         praise="Among the words that look most like the active ones, this is where a label that is too broad shows.")
 
-
+# %% ../nbs/14_workshop.ipynb #197a6218
 def check_tipping_point(my_tipping_point: Callable) -> Feedback:
     "Check `my_tipping_point(accuracy_a, kl_a, accuracy_b, kl_b)`: the weight of KL at which two labels cost the same."
     return compare(
         my_tipping_point, [(0.3, 9.0, 0.1, 13.0)], lambda aa, ka, ab, kb: (aa - ab) / (kb - ka),
-        {"this is upside down: the difference in accuracy loss, divided by the difference in KL": lambda aa, ka, ab, kb: (kb - ka) / (aa - ab),
-         "the sign is wrong: set accuracy_a + w · kl_a = accuracy_b + w · kl_b and solve for w": lambda aa, ka, ab, kb: (aa - ab) / (ka - kb),
-         "this is the difference in accuracy loss: how many nats of KL is it paid with?": lambda aa, ka, ab, kb: aa - ab,
+        {"this is upside down: the difference in accuracy loss, divided by the difference in KL":
+          lambda aa, ka, ab, kb: (kb - ka) / (aa - ab),
+         "the sign is wrong: set accuracy_a + w · kl_a = accuracy_b + w · kl_b and solve for w":
+          lambda aa, ka, ab, kb: (aa - ab) / (ka - kb),
+         "this is the difference in accuracy loss: how many nats of KL is it paid with?":
+          lambda aa, ka, ab, kb: aa - ab,
          "a sum where a difference belongs": lambda aa, ka, ab, kb: (aa - ab) / (kb + ka)},
         praise="Below this weight the label that fits better wins, above it the one that is more expected.")
 
-
+# %% ../nbs/14_workshop.ipynb #b2cf666f
 def check_verdicts(
     my_verdicts: Mapping[str, str],  # "can" or "cannot" for each feature
     auroc: Mapping[str, tuple[float, float]],  # of the right label for each feature, and the lower end of its interval
@@ -362,13 +390,15 @@ def check_verdicts(
         answer, can = my_verdicts.get(name, ...), value >= 0.8 and low > 0.7
         if answer is ...: return Feedback(False, f"there is no verdict on {name} yet")
         if answer not in ("can", "cannot"): return Feedback(False, f'{name}: say "can" or "cannot", not {shown(answer)}')
-        if can and answer == "cannot": return Feedback(False, f"{name}: the right label has {value:.2f}, and the interval begins at {low:.2f}: that is enough")
+        if can and answer == "cannot":
+            return Feedback(False, f"{name}: the right label has {value:.2f}, and its interval begins at {low:.2f}: enough")
         if answer == "can" and not can:
-            why = f"{value:.2f} is not enough" if value < 0.8 else f"{value:.2f} would do, and the interval reaches down to {low:.2f}: it may be luck"
+            why = f"{value:.2f} is not enough" if value < 0.8 else (
+                f"{value:.2f} would do, and the interval reaches down to {low:.2f}: it may be luck")
             return Feedback(False, f"{name}: of the right label, {why}")
     return Feedback(True, "And this takes a minute, before any run.")
 
-# %% ../nbs/14_workshop.ipynb #6c2577b7
+# %% ../nbs/14_workshop.ipynb #328f55d6
 @dataclass(frozen=True)
 class Exercise:
     "An exercise of a lesson."
@@ -390,7 +420,8 @@ def read_exercises(nb: nbformat.NotebookNode) -> list[Exercise]:
     for i, cell in enumerate(nb.cells):
         if "exercise" not in cell.metadata.get("tags", []): continue
         title, text = (nb.cells[i - k].source for k in (2, 1))
-        asked, hint, solution = _ASKED.search(text), *(re.search(_FOLDED.format(name), text, re.S) for name in ("Hint", "Solution"))
+        asked, (hint, solution) = _ASKED.search(text), (re.search(_FOLDED.format(name), text, re.S)
+                                                        for name in ("Hint", "Solution"))
         code = solution and re.fullmatch(r"```python\n(.+)\n```", solution[1].strip(), re.S)
         for part, there in {"a heading": title.startswith("## "), "difficulty and time": asked, "a hint": hint,
                             "a solution in Python": code, "a check": "check_" in nb.cells[i + 1].source}.items():
@@ -398,7 +429,7 @@ def read_exercises(nb: nbformat.NotebookNode) -> list[Exercise]:
         found.append(Exercise(title.strip("# "), asked[1], int(asked[2]), hint[1], code[1], i))
     return found
 
-# %% ../nbs/14_workshop.ipynb #0d01dbfe
+# %% ../nbs/14_workshop.ipynb #e3d91a4b
 def solve(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     "A copy of a lesson with the solution of each exercise in its cell."
     solved = deepcopy(nb)
