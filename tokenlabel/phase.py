@@ -54,7 +54,7 @@ def descend(
         loss.sum().backward()
         adam.step()
 
-# %% ../nbs/09b_phase.ipynb #7d17a4e0
+# %% ../nbs/09b_phase.ipynb #3ac4ef90
 RIGHT, FAVORITE, OTHER, MIXED = "right label", "prior's favorite", "another word", "superposition"
 FAVORITES = 16  # tokens that the language model expects most
 
@@ -65,9 +65,9 @@ def phase_of(
     favorites: Sequence[int],  # token ids of the prior's favorites
 ) -> str:
     "How a descent ended."
-    if p[list(right)].sum() >= 0.5: return RIGHT
     if p.max() < 0.5: return MIXED
-    return FAVORITE if int(p.argmax()) in favorites else OTHER
+    top = int(p.argmax())
+    return RIGHT if top in right else FAVORITE if top in favorites else OTHER
 
 # %% ../nbs/09b_phase.ipynb #440ddf5f
 ENTROPIES, KLS = (0.0, 0.05, 0.1, 0.2, 0.4), (0.0, 0.02, 0.05, 0.1, 0.2)
