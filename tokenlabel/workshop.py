@@ -398,7 +398,7 @@ def check_verdicts(
             return Feedback(False, f"{name}: of the right label, {why}")
     return Feedback(True, "And this takes a minute, before any run.")
 
-# %% ../nbs/14_workshop.ipynb #328f55d6
+# %% ../nbs/14_workshop.ipynb #57164c33
 @dataclass(frozen=True)
 class Exercise:
     "An exercise of a lesson."
@@ -423,10 +423,10 @@ def read_exercises(nb: nbformat.NotebookNode) -> list[Exercise]:
         asked, (hint, solution) = _ASKED.search(text), (re.search(_FOLDED.format(name), text, re.S)
                                                         for name in ("Hint", "Solution"))
         code = solution and re.fullmatch(r"```python\n(.+)\n```", solution[1].strip(), re.S)
-        for part, there in {"a heading": title.startswith("## "), "difficulty and time": asked, "a hint": hint,
+        for part, there in {"a heading": title.startswith("## Exercise: "), "difficulty and time": asked, "a hint": hint,
                             "a solution in Python": code, "a check": "check_" in nb.cells[i + 1].source}.items():
-            if not there: raise ValueError(f"exercise {title.strip('# ')!r} has not {part}")
-        found.append(Exercise(title.strip("# "), asked[1], int(asked[2]), hint[1], code[1], i))
+            if not there: raise ValueError(f"exercise {title!r} has not {part}")
+        found.append(Exercise(title.removeprefix("## Exercise: "), asked[1], int(asked[2]), hint[1], code[1], i))
     return found
 
 # %% ../nbs/14_workshop.ipynb #e3d91a4b
