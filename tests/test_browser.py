@@ -295,7 +295,9 @@ def test_a_lesson_in_jupyterlab_says_what_is_wrong_and_then_that_it_is_right(bro
     folded = page.locator("details", has_text="xlogy").first
     expect(folded).not_to_have_attribute("open", "")
     attempt("-(p * p.log2()).sum()", "your entropy is in bits")
-    for dismiss in page.locator(".Toastify__close-button").all(): dismiss.click()
+    if os.environ.get("SCREENSHOTS"):  # without what is not the lesson
+        page.get_by_role("button", name="Hide notification").click()
+        page.keyboard.press("Control+b")
     keep(page, "lesson", 760)
     attempt("-(p * p.log()).sum()", "0 · log 0 must be 0")
     attempt("-torch.special.xlogy(p, p).sum()", "✓ Right.")

@@ -97,7 +97,7 @@ def test_a_temperature(answer, right, said):
 
 @pytest.mark.parametrize("weight, right, said", [
     (..., False, "dots"), (0.05, False, "cancels"), (0.01, False, "a mixture is rewarded"), (-1.0, False, "negative"),
-    (5.0, False, "first step"), (0.2, True, "+0.15")])
+    (5.0, False, "before the data"), (0.2, True, "+0.15")])
 def test_a_weight_of_the_entropy(weight, right, said):
     feedback = workshop.check_entropy_weight(weight, kl_weight=0.05)
     assert feedback.right == right and said in feedback.message
@@ -112,9 +112,9 @@ def test_a_price(price, right, said):
 
 
 @pytest.mark.parametrize("answers, right, said", [
-    (dict(accuracy="c", entropy="a", kl="b"), True, "all three"), (dict(accuracy="c", entropy="a"), False, "no letter for kl"),
+    (dict(accuracy="c", entropy="a", kl="b"), True, "all three"), (dict(accuracy="c", entropy="a"), False, "the letter for kl"),
     (dict(accuracy="c", entropy="b", kl="b"), False, "entropy alone"), (dict(accuracy=3, entropy="a", kl="b"), False, "a, b and c"),
-    (..., False, "dots"), (dict(accuracy="c", entropy="a", kl=...), False, "no letter for kl")])
+    (..., False, "dots"), (dict(accuracy="c", entropy="a", kl=...), False, "the letter for kl")])
 def test_what_each_loss_does_alone(answers, right, said):
     feedback = workshop.check_alone(answers)
     assert feedback.right == right and said in feedback.message
@@ -124,7 +124,7 @@ def test_what_each_loss_does_alone(answers, right, said):
     (dict(good="can", lucky="cannot", bad="cannot"), True, "before any run"),
     (dict(good="can", lucky="can", bad="cannot"), False, "luck"), (dict(good="can", lucky="cannot", bad="can"), False, "not enough"),
     (dict(good="cannot", lucky="cannot", bad="cannot"), False, ": enough"), (dict(good="yes"), False, '"can" or "cannot"'),
-    (dict(good="can"), False, "no verdict on lucky"), (dict(good=...), False, "no verdict on good")])
+    (dict(good="can"), False, "the verdict on lucky"), (dict(good=...), False, "the verdict on good")])
 def test_verdicts_on_evaluators(verdicts, right, said):
     feedback = workshop.check_verdicts(verdicts, dict(good=(0.95, 0.9), lucky=(0.85, 0.6), bad=(0.6, 0.5)))
     assert feedback.right == right and said in feedback.message

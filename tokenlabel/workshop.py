@@ -252,13 +252,13 @@ ALONE = {"accuracy": ("c", "nothing asks for a single token, and a mixture of ma
          "entropy": ("a", "nothing asks for the data, so whatever leads by chance takes all"),
          "kl": ("b", "the KL is 0 where the label is the language model's own expectation, and nowhere else")}
 
-# %% ../nbs/14_workshop.ipynb #80fc6da5
+# %% ../nbs/14_workshop.ipynb #1d2f3cc3
 def check_alone(my_answers: Mapping[str, str]) -> Feedback:
     "Check what each loss does alone: a letter for each of accuracy, entropy and kl."
     if wrong := given(my_answers, dict, "a letter for each loss"): return wrong
     for name, (letter, why) in ALONE.items():
         answer = my_answers.get(name, ...)
-        if answer is ...: return Feedback(False, f"there is no letter for {name} yet")
+        if answer is ...: return Feedback(False, f"there are still dots where the letter for {name} belongs")
         if answer not in ("a", "b", "c"): return Feedback(False, f"{name}: the answers are a, b and c, not {shown(answer)}")
         if answer != letter: return Feedback(False, f"{name} alone does not end in {answer}. Look at its line: {why}")
     return Feedback(True, "Each alone is useless. It takes all three.")
@@ -379,7 +379,7 @@ def check_tipping_point(my_tipping_point: Callable) -> Feedback:
          "a sum where a difference belongs": lambda aa, ka, ab, kb: (aa - ab) / (kb + ka)},
         praise="Below this weight the label that fits better wins, above it the one that is more expected.")
 
-# %% ../nbs/14_workshop.ipynb #b2cf666f
+# %% ../nbs/14_workshop.ipynb #8b307067
 def check_verdicts(
     my_verdicts: Mapping[str, str],  # "can" or "cannot" for each feature
     auroc: Mapping[str, tuple[float, float]],  # of the right label for each feature, and the lower end of its interval
@@ -388,7 +388,7 @@ def check_verdicts(
     if wrong := given(my_verdicts, dict, '"can" or "cannot" for each feature'): return wrong
     for name, (value, low) in auroc.items():
         answer, can = my_verdicts.get(name, ...), value >= 0.8 and low > 0.7
-        if answer is ...: return Feedback(False, f"there is no verdict on {name} yet")
+        if answer is ...: return Feedback(False, f"there are still dots where the verdict on {name} belongs")
         if answer not in ("can", "cannot"): return Feedback(False, f'{name}: say "can" or "cannot", not {shown(answer)}')
         if can and answer == "cannot":
             return Feedback(False, f"{name}: the right label has {value:.2f}, and its interval begins at {low:.2f}: enough")
