@@ -155,8 +155,8 @@ def test_exercises_fail_as_they_are_and_pass_as_they_are_solved(path):
             if i == exercise.cell: cells += [nb.cells[i], nbformat.from_dict(nb.cells[i + 1])]
             if i == exercise.cell + 1: checks[exercise.title] = (len(cells) - 2, len(cells))
         cells.append(cell)
-    both = nbformat.v4.new_notebook(cells=[nbformat.from_dict(dict(cell)) for cell in cells], metadata=nb.metadata)
-    for i, cell in enumerate(both.cells): cell.id = f"cell{i}"
+    cells = [nbformat.from_dict(dict(cell) | dict(id=f"cell{i}")) for i, cell in enumerate(cells)]
+    both = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     NotebookClient(both, timeout=600, resources=dict(metadata=dict(path=str(FOLDER)))).execute()
     assert len(checks) == len(exercises)
     for title, (unsolved, after) in checks.items():
