@@ -1,6 +1,7 @@
-"""The explorer as people use it: in a real browser, as a web page and in JupyterLab.
+"""The explorer and a lesson as people use them: in a real browser, as a web page and in JupyterLab.
 
-Needs Chromium, which `make test` installs on Debian; without it these tests are skipped.
+Needs Chromium, which `make test` installs on Debian; without it these tests are skipped. With SCREENSHOTS=figures they
+take the pictures of the docs on their way.
 """
 import os
 import re
@@ -21,8 +22,10 @@ from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
+VIEWPORT = dict(width=1280, height=860)
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+LESSON = ROOT / "nbs" / "workshop" / "1_soft_labels.ipynb"
 PATIENCE = 90_000  # milliseconds, for a machine that is busy with something else as well
 
 # One visit to one page, told in several tests, which have to run in order in one process.
@@ -61,13 +64,14 @@ def serving(command, url, folder):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab with a notebook that calls `explore`; starts while the tests of the page run."
+    "JupyterLab with a notebook that calls `explore` and with the first lesson."
     folder, port = tmp_path_factory.mktemp("lab"), free_port()
     cells = [nbformat.v4.new_code_cell("import tokenlabel as tl\nexplorer = tl.explore()\nexplorer"),
              nbformat.v4.new_code_cell("explorer.close()\nimport threading\n"
                                        "print('threads:', [t.name for t in threading.enumerate() if 'explorer' in t.name])")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(
         kernelspec=dict(name="python3", display_name="python3", language="python"))), folder / "explore.ipynb")
+    shutil.copy(LESSON, folder)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.root_dir=" + str(folder)]
     with serving(command, f"http://127.0.0.1:{port}", folder): yield f"http://127.0.0.1:{port}"
@@ -93,7 +97,7 @@ def browser():
 
 
 def opened(browser, address):
-    page = browser.new_page(viewport=dict(width=1280, height=860))
+    page = browser.new_page(viewport=VIEWPORT)
     page.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
     # What a page asks for elsewhere may hang where there is no network.
@@ -109,6 +113,15 @@ def page(browser, workshop):
     expect(page.locator(".tl-top")).to_be_visible()
     yield page
     page.close()
+
+
+def keep(page, name, height):
+    "Take a picture for the docs, if that was asked for, so high that nothing is cut."
+    folder = os.environ.get("SCREENSHOTS")
+    if not folder: return
+    page.set_viewport_size(VIEWPORT | dict(height=height))
+    page.screenshot(path=ROOT / folder / f"{name}.png")
+    page.set_viewport_size(VIEWPORT)
 
 
 def button(page, name): return page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$"))
@@ -147,6 +160,16 @@ def test_a_run_moves_label_picture_and_sliders(page):
     expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
     assert float(readout(page, "temperature").inner_text()) < 0.8
     assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, and no hand"
+
+
+def test_the_map_has_a_point_that_climbs_with_the_entropys_weight(page):
+    def height(): return float(page.locator("circle.tl-here").get_attribute("cy"))
+    expect(page.locator(".tl-map rect")).to_have_count(25)
+    before = height()
+    at_step(page, steps(page) + 6)
+    assert height() < before
+    if os.environ.get("SCREENSHOTS"): at_step(page, 36)  # where there is a word to be seen
+    keep(page, "explorer", 890)
 
 
 def test_a_slider_moved_while_it_runs_acts_without_starting_over(page):
@@ -231,7 +254,7 @@ def run_cell(page, number):
 
 def test_jupyterlab_runs_the_explorer_and_closes_it(browser, lab):
     page = opened(browser, lab + "/lab/tree/explore.ipynb?reset")
-    expect(page.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute("data-status", "idle")
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()  # else it would ask which kernel to start
     run_cell(page, 0)
     expect(page.locator(".tl-top")).to_be_visible()
     first, label = picture(page), page.locator(".tl-top").inner_text()
@@ -244,4 +267,39 @@ def test_jupyterlab_runs_the_explorer_and_closes_it(browser, lab):
     expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
     run_cell(page, 1)
     expect(page.get_by_text("threads: []")).to_be_visible()
+    page.close()
+
+
+def write_in_cell(page, cell, text):
+    "Replace the text of a cell of a notebook and run it."
+    cell.locator(".jp-InputArea-editor .cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(text)
+    page.keyboard.press("Shift+Enter")
+
+
+def test_a_lesson_in_jupyterlab_says_what_is_wrong_and_then_that_it_is_right(browser, lab):
+    page = opened(browser, lab + f"/lab/tree/{LESSON.name}?reset")
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()  # else it would ask which kernel to start
+    code = [cell for cell in nbformat.read(LESSON, as_version=4).cells if cell.cell_type == "code"]
+    number = next(i for i, cell in enumerate(code) if "def my_entropy" in cell.source)
+    run_cell(page, 0)
+    page.keyboard.press("Escape")
+    answer, check = (page.locator(".jp-CodeCell").nth(i) for i in (number, number + 1))
+    answer.scroll_into_view_if_needed()
+    def attempt(line, says):
+        write_in_cell(page, answer, f"def my_entropy(p):\n    return {line}")
+        check.locator(".jp-InputArea-editor").click()
+        page.keyboard.press("Shift+Enter")
+        expect(check.locator(".jp-OutputArea-output")).to_contain_text(says)
+    folded = page.locator("details", has_text="xlogy").first
+    expect(folded).not_to_have_attribute("open", "")
+    attempt("-(p * p.log2()).sum()", "your entropy is in bits")
+    if os.environ.get("SCREENSHOTS"):  # without what is not the lesson
+        page.get_by_role("button", name="Hide notification").click()
+        page.keyboard.press("Control+b")
+        page.wait_for_timeout(2000)  # it slides
+    keep(page, "lesson", 590)
+    attempt("-(p * p.log()).sum()", "0 · log 0 must be 0")
+    attempt("-torch.special.xlogy(p, p).sum()", "✓ Right.")
     page.close()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -392,6 +393,30 @@ def test_moving_a_slider_never_waits_for_a_step(explorer, monkeypatch):
     for i in range(100): explorer.sliders["kl"].value = i / 1000
     assert time.perf_counter() - start < 1 and not gate.is_set()
     gate.set()
+
+
+def test_a_map_with_a_point_where_the_sliders_stand_for_features_that_have_one(tiny, monkeypatch):
+    table = pd.DataFrame([dict(entropy=e, kl=k, phase="superposition", token="·a", probability=0.1)
+                          for e in (0.0, 0.4) for k in (0.0, 0.2)])
+    monkeypatch.setattr(widgets, "load_maps", lambda lm: {"animals": table} if lm == tiny.name else {})
+    made = Explorer(lm=tiny)
+    made.worker.wait()
+    def point(): return [float(x) for x in re.search(r'class="tl-here" cx="([\d.]+)" cy="([\d.]+)"', made.map.value).groups()]
+    x, y = point()
+    made.sliders["kl"].value = 0.2
+    assert point()[0] > x and point()[1] == y
+    made.sliders["entropy"].value = 0.3
+    assert point()[1] < y
+    made.discriminator.value = "direct"
+    made.worker.wait()
+    assert made.map.value == ""
+    made.discriminator.value, made.feature.value = "channel", "numbers"
+    made.worker.wait()
+    assert made.map.value == ""
+    made.feature.value = "animals"
+    made.worker.wait()
+    assert "tl-here" in made.map.value
+    made.close()
 
 
 def test_running_one_explorer_pauses_the_other(explorer, tiny):

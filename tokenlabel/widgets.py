@@ -36,6 +36,7 @@ from .feature import ACTIVE, Feature, tokenize
 from .lm import LM, load_lm
 from .objective import LossWeights
 from .optimize import Search, fit_logits, has_collapsed, initial_v, score_labels
+from .phase import load_maps, map_html
 from .plot import BLUE, GREEN, VERMILLION, WIDTH, drawable, plot_losses, plot_plane, style
 
 # %% ../nbs/10_widgets.ipynb #74707c77
@@ -480,12 +481,12 @@ class Explorer(widgets.VBox):
                             ("run", "play", "primary", "until all restarts have settled"), ("pause", "pause", "", "keep all"),
                             ("step", "step-forward", "", "one step"), ("restart", "refresh", "", "from new starting points"))}
         self.sliders = make_sliders(Controls())
-        self.status = widgets.HTML()
+        self.status, self.map, self.phases = widgets.HTML(), widgets.HTML(), None
         self.tokens, self.data, self.loss = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.left = widgets.VBox(
             [self.feature, self.own, self.discriminator, widgets.HBox([*self.buttons.values()]), self.status,
-             *self.sliders.values(), widgets.HTML(HELP)], layout=widgets.Layout(flex="0 0 320px", width="320px", padding="0 14px 0 0"))
+             *self.sliders.values(), self.map, widgets.HTML(HELP)], layout=widgets.Layout(flex="0 0 320px", width="320px", padding="0 14px 0 0"))
         self.right = widgets.VBox(
             [widgets.HBox([widgets.Box([self.tokens], layout=widgets.Layout(flex="1 1 300px")),
                            widgets.Box([self.data], layout=widgets.Layout(flex="1 1 300px"))],
@@ -495,6 +496,7 @@ class Explorer(widgets.VBox):
             self.buttons[name].on_click(lambda _, act=act: act())
         for name, slider in self.sliders.items():
             slider.observe(lambda change, name=name: self._moved(name, change["new"]), "value")
+        for name in ("entropy", "kl"): self.sliders[name].observe(lambda _: self._point(), "value")
         self.feature.observe(lambda _: self._choose(), "value")
         self.discriminator.observe(lambda _: self._build(), "value")
         self.use.on_click(lambda _: self._build())
@@ -538,6 +540,10 @@ class Explorer(widgets.VBox):
         self.exploration.set(**{name: value})
         if name in ("temperature", "entropy"): self.sliders["anneal"].value = False  # a hand on it takes over
 
+    def _point(self) -> None:
+        weights = (self.sliders[name].value for name in ("entropy", "kl"))
+        self.map.value = "" if self.phases is None else map_html(self.phases, *weights)
+
     def _choose(self) -> None:
         own = self.feature.value == OWN
         self.own.layout.display = "flex" if own else "none"
@@ -550,8 +556,8 @@ class Explorer(widgets.VBox):
     # What follows runs in the worker's thread.
 
     def _make(self) -> None:
-        self.exploration = None
-        for part in (self.error, self.tokens, self.data, self.loss): part.value = ""
+        self.exploration = self.phases = None
+        for part in (self.error, self.map, self.tokens, self.data, self.loss): part.value = ""
         self.picture.layout.display = "none"
         name = self.feature.value
         feature = own_feature(self.active.value, self.inactive.value) if name == OWN else self.features[name]()
@@ -561,7 +567,10 @@ class Explorer(widgets.VBox):
         self.status.value = "asking the language model about the data …"
         controls = Controls(**{name: slider.value for name, slider in self.sliders.items()})
         self.exploration = Exploration(feature, self.lm, self.discriminator.value, controls)
+        known = name in FEATURES and self.discriminator.value == "channel"
+        self.phases = load_maps(self.lm.name).get(name) if known else None
         self._restart(seed=0)
+        self._point()
 
     def _restart(self, seed: int | None = None) -> None:
         exploration = self._ready()
