@@ -85,7 +85,8 @@ def test_steps_do_not_depend_on_how_a_pass_is_divided(lm, monkeypatch):
     traces = []
     for most in (1, 10**6):
         monkeypatch.setattr(module, "MOST", most)
-        searches = [Search(channel(lm, tokenize(feature, lm), PROMPTS), seed=i, restarts=2)
+        known = read_prompts(lm, "words", PROMPTS)
+        searches = [Search(shared_channel(known, tokenize(feature, lm)), seed=i, restarts=2)
                     for i, feature in enumerate(some_features(3))]
         searches[1].step()  # it is the other prompt's turn
         traces.append([step_together(searches) for _ in range(3)])

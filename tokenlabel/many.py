@@ -8,12 +8,13 @@ __all__ = ['TOGETHER', 'MOST', 'RETRIES', 'ENGINES', 'Known', 'read_prompts', 'l
            'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler', 'start_actor', 'ray_worker', 'run_workers',
            'label_features', 'read_features', 'result_row', 'read_results', 'label_file']
 
-# %% ../nbs/06c_many.ipynb #bd7f1d4e
+# %% ../nbs/06c_many.ipynb #9451deb5
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -158,7 +159,7 @@ def read_together(
         answers.append((_gain(one, batch, {turn: given}), torch.cat([first, later], 1)))
     return answers
 
-# %% ../nbs/06c_many.ipynb #383bda76
+# %% ../nbs/06c_many.ipynb #76f7504d
 TOGETHER = 64  # searches under way
 MOST = 1024  # positions of a pass with gradient
 
@@ -169,7 +170,7 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
     for i, search in enumerate(searches):
         prompts = search.discriminator.prompts
         turn = search.done % len(prompts)
-        groups.setdefault((id(prompts[turn]), search.v.shape[1]), (turn, []))[1].append(i)
+        groups.setdefault((prompts[turn].text, search.v.shape[1]), (turn, []))[1].append(i)
     for turn, chosen in groups.values():
         asked = {i: searches[i].ask() for i in chosen}
         for part in _in_parts(asked, len(searches[chosen[0]].discriminator.prompts[turn].after)):
@@ -294,7 +295,7 @@ def process_worker(lm: LM, threads: int, together: int) -> Iterator[tuple[Callab
 
         yield label, worker.process.kill
 
-# %% ../nbs/06c_many.ipynb #6b75c60e
+# %% ../nbs/06c_many.ipynb #44124aed
 def start_ray():
     "Ray, connected to the cluster that `RAY_ADDRESS` names, or to a local one that is started now."
     try: import ray
@@ -311,19 +312,19 @@ class Labeler:
     def label(self, jobs: list[tuple[int, Job]], together: int): yield from search_together(jobs, self.lm, together)
 
 
-def start_actor(ray, lm: LM, threads: int):
-    "An actor that has what it needs: a GPU if the cluster has any, else processors for its threads."
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+def start_actor(ray, lm: LM, threads: int, workers: int):
+    "One of so many actors: with a GPU or its share of one, if the cluster has any, and processors for its threads."
+    gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
     load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint,
                 threads=threads, device="cuda" if gpus else "cpu")
     return ray.remote(num_cpus=threads, num_gpus=gpus)(Labeler).remote(load)
 
 
 @contextmanager
-def ray_worker(lm: LM, threads: int, together: int) -> Iterator[tuple[Callable, Callable]]:
+def ray_worker(lm: LM, threads: int, together: int, workers: int) -> Iterator[tuple[Callable, Callable]]:
     "An actor of Ray: a function that labels jobs, and one that ends it."
     ray = start_ray()
-    actor = start_actor(ray, lm, threads)
+    actor = start_actor(ray, lm, threads, workers)
 
     def label(jobs: list[tuple[int, Job]]) -> Iterator[tuple[int, LabelResult | Exception]]:
         try:
@@ -391,7 +392,7 @@ def run_workers(
         for kill in kills:
             with suppress(Exception): kill()
 
-# %% ../nbs/06c_many.ipynb #6cd31331
+# %% ../nbs/06c_many.ipynb #bc92d26b
 ENGINES = "here", "processes", "ray"
 
 
@@ -416,9 +417,11 @@ def label_features(
     if not lm.model.name_or_path:
         raise ValueError(f"the language model was made in memory, where no other process finds it: engine {engine!r} "
                          "needs one that was loaded from a file")
-    if engine == "ray": start_ray()
-    kind = process_worker if engine == "processes" else ray_worker
-    return run_workers(jobs, lambda: kind(lm, threads, together), workers, together)
+    if engine == "processes": open_worker = partial(process_worker, lm, threads, together)
+    else:
+        start_ray()
+        open_worker = partial(ray_worker, lm, threads, together, workers)
+    return run_workers(jobs, open_worker, workers, together)
 
 
 def _job(one: Feature | Job, options: dict) -> Job:
