@@ -29,6 +29,6 @@ setup(
     packages=[settings["lib_path"]],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "workshop")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "workshop", "ray")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

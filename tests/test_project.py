@@ -107,7 +107,7 @@ def settings():
 
 
 def listed_requirements(settings):
-    return " ".join(settings[name] for name in ("requirements", "dev_requirements", "workshop_requirements")).split()
+    return " ".join(settings[name] for name in ("requirements", "dev_requirements", "workshop_requirements", "ray_requirements")).split()
 
 
 def test_the_installed_package_is_what_settings_say(settings):
@@ -134,6 +134,7 @@ def test_modules_import_only_what_settings_require(settings):
     required = {canonicalize_name(Requirement(text).name) for text in settings["requirements"].split()}
     # Parts of Jupyter that ipykernel and papermill cannot do without.
     required |= {"ipython", "jupyter-client", "nbclient", "traitlets"}
+    required |= {"ray"}  # an extra; without it `start_ray` says how to get it
     for path in (ROOT / "tokenlabel").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['load_lm', 'LM', 'Feature', 'synthetic', 'label_feature', 'LabelResult', 'LossWeights', 'check_evaluator', 'oracle',
-           'workshop']
+           'label_features', 'label_file', 'workshop']
 
 # %% ../nbs/13_api.ipynb #fd92d774
 from importlib import import_module
@@ -22,11 +22,13 @@ _home = {
     "oracle": "search",
     "explore": "widgets",
     "LossWeights": "optimize",
+    "label_features": "many",
+    "label_file": "many",
     "workshop": None,
 }
 # nbdev makes `__all__` of this, and can only read a plain list.
 _all_ = ["load_lm", "LM", "Feature", "synthetic", "label_feature", "LabelResult", "LossWeights", "check_evaluator",
-         "oracle", "workshop"]
+         "oracle", "label_features", "label_file", "workshop"]
 
 # %% ../nbs/13_api.ipynb #796ed9b8
 def __getattr__(name):

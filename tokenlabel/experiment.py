@@ -7,7 +7,7 @@ __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_param
            'run_experiment', 'content_hash', 'code_version', 'cache_entry', 'read_entry', 'write_entry',
            'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'Call', 'run_calls', 'time_steps',
            'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
-           'fastest_layout', 'Display', 'label_all']
+           'fastest_layout', 'Display', 'label_many', 'label_all']
 
 # %% ../nbs/11_experiment.ipynb #c5f7b7c4
 import ast
@@ -317,12 +317,12 @@ def work() -> None:
             connection.send(("failed", (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
 # %% ../nbs/11_experiment.ipynb #e6054592
-def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int):
+def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int, device: str = "cpu"):
     "The `LM` of the process that started this one."
     import torch
     from tokenlabel.lm import load_lm
     torch.set_num_threads(threads)
-    lm = replace(load_lm(location, dtype=dtype, device="cpu"), name=name)
+    lm = replace(load_lm(location, dtype=dtype, device=device), name=name)
     if lm.fingerprint != fingerprint:
         raise ValueError(f"{location} does not hold the language model that is in memory: one of them was changed "
                          "after loading. With processes=1 the one in memory is used")
@@ -550,6 +550,11 @@ def _label_into(lm, report, feature, options: dict, entry: Path) -> None:
     result = label_feature(feature, lm, progress=report, **options)
     if result.interrupted: raise KeyboardInterrupt
     write_entry(entry, result)
+
+def label_many(lm, report, jobs: list, together: int) -> None:
+    "Label numbered jobs together, and report each as it is finished."
+    from tokenlabel.many import search_together
+    for finished in search_together(jobs, lm, together): report(finished)
 
 def _run_here(lm, calls, processes: int, threads: int, report) -> Iterator[tuple[int, Any]]:
     "What `run_calls` does, in this process."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Label', 'MOST', 'SECOND', 'LEAST', 'STARTS', 'FRONT', 'FIRST_STEPS', 'STEMS', 'SHOWN', 'TABLES', 'DISCRIMINATORS',
            'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots', 'draw_items', 'praised', 'top_labels',
-           'spelled', 'Search', 'has_collapsed', 'score_labels', 'hard_kl', 'fit_logits', 'look_size', 'best_by_look',
-           'shortlist', 'rank_labels', 'neighbors', 'polish', 'extensions', 'grow', 'LabelResult', 'ranking_head',
-           'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result', 'load_result',
-           'label_feature', 'label_length']
+           'spelled', 'Asked', 'Search', 'has_collapsed', 'score_labels', 'hard_kl', 'fit_logits', 'look_size',
+           'best_by_look', 'shortlist', 'rank_labels', 'neighbors', 'polish', 'extensions', 'grow', 'LabelResult',
+           'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'save_result',
+           'load_result', 'label_feature', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -33,7 +34,7 @@ from .direct import Direct, DirectBatch, Question, direct
 from .discriminator import Batch, Channel, channel
 from .feature import ACTIVE, Feature, TokenizedFeature, tokenize
 from .lm import LM
-from .objective import LossWeights, balanced_bce, calibrate, class_accuracy, objective
+from .objective import Losses, LossWeights, balanced_bce, calibrate, class_accuracy, objective
 from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel, log_softlabel, top_tokens
@@ -135,6 +136,15 @@ def spelled(
     return text if len(label) == 1 or tuple(lm.encode(text)) == label else None
 
 # %% ../nbs/06_optimize.ipynb #c7430e6a
+class Asked(NamedTuple):
+    "A step of a search, as far as the discriminator's turn."
+    batch: Batch | DirectBatch
+    temperature: float
+    entropy_weight: float
+    log_p: Tensor  # [R, T, V]
+    label: Tensor  # [R, T, d], its embedding
+
+
 class Search:
     "A search under way: R restarts, moved on by `step`."
 
@@ -187,21 +197,38 @@ class Search:
 
     def step(self) -> list[dict]:
         "One step of gradient descent. Gives one row of the trace for each restart, as it was before the step."
-        tokens, lm = self.discriminator.tokens, self.discriminator.lm
-        batch = self.draw(self.batch_size)
-        fit = ~tokens.heldout[batch.unit]
-        activation = tokens.activation[batch.unit][fit].to(lm.device)
+        asked = self.ask()
+        z, log_prior = self.discriminator.read(asked.label, asked.batch, turn=self.done)
+        losses = self.losses(asked, z, log_prior)
+        losses.total.sum().backward()
+        return self.learn(asked, losses, z, log_prior)
+
+    def ask(self) -> Asked:
+        "What the discriminator is to judge in this step."
+        batch, lm = self.draw(self.batch_size), self.discriminator.lm
         temperature, share = schedule(self.done, self.steps, self.temperature, self.ramp)
-        entropy_weight = share * self.weights.entropy
         log_p = self.log_p(temperature)
         label = embed_softlabel(log_p, lm)
         label.retain_grad()
-        z, log_prior = self.discriminator.read(label, batch, turn=self.done)
-        z = z[:, fit]
-        losses = objective(z, activation, log_p, log_prior, replace(self.weights, entropy=entropy_weight),
-                           self.discriminator.scaled, self.calibrated)
         self.adam.zero_grad()
-        losses.total.sum().backward()
+        return Asked(batch, temperature, share * self.weights.entropy, log_p, label)
+
+    def losses(self, asked: Asked, z: Tensor, log_prior: Tensor) -> Losses:
+        "The objective of each restart, from what the discriminator's `read` gives."
+        fit, activation = self._to_fit(asked)
+        return objective(z[:, fit], activation, asked.log_p, log_prior,
+                         replace(self.weights, entropy=asked.entropy_weight), self.discriminator.scaled, self.calibrated)
+
+    def _to_fit(self, asked: Asked) -> tuple[Tensor, Tensor]:  # bool [U]; their activation
+        tokens, unit = self.discriminator.tokens, asked.batch.unit
+        fit = ~tokens.heldout[unit]
+        return fit, tokens.activation[unit][fit].to(self.v.device)
+
+    def learn(self, asked: Asked, losses: Losses, z: Tensor, log_prior: Tensor) -> list[dict]:
+        "Move v by its gradient, and give the rows of the trace."
+        _, temperature, entropy_weight, log_p, label = asked
+        lm, (fit, activation) = self.discriminator.lm, self._to_fit(asked)
+        z = z[:, fit]
         self.adam.step()
         tops = [top_labels(p, lm) for p in log_p.detach()]
         better = praised(label.grad, log_prior.detach(), [top[0][0] for top in tops], lm, self.weights)
@@ -603,16 +630,39 @@ def label_feature(
     start = time.perf_counter()
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
-    settings["prompts"] = asdict(judge.question) if discriminator == "direct" else [p.text for p in judge.prompts]
-    settings["dtype"] = str(lm.dtype).removeprefix("torch.")
-    settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
-    search = Search(judge, weights=weights, restarts=restarts, label_tokens=label_tokens, steps=steps, lr=lr,
-                    temperature=temperature, ramp=ramp, init=init, weight_decay=weight_decay, calibrated=calibrated,
-                    batch_size=batch_size, seed=seed)
+    search = new_search(judge, settings, weights)
     rows, interrupted = _run(search, progress)
+    return conclude(search, rows, settings, interrupted, start)
+
+
+def new_search(
+    judge: Channel | Direct,
+    settings: dict,  # as of `LabelResult`; gets what only the discriminator knows
+    weights: LossWeights,
+) -> Search:
+    "A search with given settings."
+    settings["prompts"] = asdict(judge.question) if isinstance(judge, Direct) else [p.text for p in judge.prompts]
+    settings["dtype"] = str(judge.lm.dtype).removeprefix("torch.")
+    settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
+    names = ("restarts", "label_tokens", "steps", "lr", "temperature", "ramp", "init", "weight_decay", "calibrated",
+             "batch_size", "seed")
+    return Search(judge, weights=weights, **{name: settings[name] for name in names})
+
+
+def conclude(
+    search: Search,
+    rows: list[dict],  # the trace
+    settings: dict,
+    interrupted: bool,
+    start: float,  # when it began, by `time.perf_counter`
+) -> LabelResult:
+    "Rank what a search has met."
+    judge, weights, feature = search.discriminator, search.weights, search.discriminator.tokens.feature
+    label_tokens, candidates, seed = (settings[name] for name in ("label_tokens", "candidates", "seed"))
     grown = []
     if label_tokens > 1 and not interrupted:
-        short = Search(judge, weights=weights, restarts=restarts, batch_size=batch_size, seed=seed)
+        short = Search(judge, weights=weights, restarts=settings["restarts"], batch_size=settings["batch_size"],
+                       seed=seed)
         for _ in range(FIRST_STEPS): short.step()
         grown = grow(short, label_tokens, candidates)
         search.meet(grown, 0)

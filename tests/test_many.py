@@ -1,0 +1,271 @@
+"""Labelling many features: the same labels as one by one, whatever shares a pass, and whoever is lost on the way."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from filelock import FileLock, Timeout
+
+import tokenlabel.many as module
+from tokenlabel.discriminator import channel
+from tokenlabel.experiment import Job
+from tokenlabel.feature import Feature, tokenize
+from tokenlabel.lm import load_lm
+from tokenlabel.many import (Question, label_features, label_file, learn_words, read_features, read_prompts,
+                             read_together, shared_channel, step_together)
+from tokenlabel.optimize import Search, label_feature
+
+WORDS = ["cat", "dog", "horse", "house", "car", "red", "book", "animal", "the horse", "things", "mat", "text"]
+PROMPTS = ["Examples of {label}:", "the {label} and"]
+HOW = dict(prompts=PROMPTS, steps=6, restarts=2, candidates=3, heldout=0.0)
+
+
+def some_features(count):
+    "Features that share words; the active ones differ."
+    return [Feature.from_words(f"feature {i}", {word: float((i + j) % 3 == 0) for j, word in enumerate(WORDS)})
+            for i in range(count)]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma"])
+def lm(request, tiny_lm): return tiny_lm(request.param)
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_lm, tmp_path_factory):
+    "A model that other processes can load."
+    folder, made = tmp_path_factory.mktemp("models") / "tiny", tiny_lm("llama")
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return load_lm(folder)
+
+
+def write(path, features):
+    rows = [dict(name=one.name, words=one.texts, activations=[spans[0].activation for spans in one.spans])
+            for one in features]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_shared_baselines_are_those_of_each_feature(lm):
+    known = read_prompts(lm, "words", PROMPTS)
+    tokens = [tokenize(feature, lm) for feature in some_features(2)]
+    learn_words(known, tokens[0].sequences[:5])
+    for one in tokens:
+        judge, alone = shared_channel(known, one), channel(lm, one, PROMPTS)
+        assert torch.allclose(judge.baseline, alone.baseline, atol=1e-4)
+        assert torch.equal(judge.log_prior, alone.log_prior)
+    assert len(known.baseline) == len(WORDS)
+
+
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_one_pass_gives_each_search_what_a_pass_of_its_own_gives(lm, label_tokens):
+    judges = [channel(lm, tokenize(feature, lm), PROMPTS) for feature in some_features(3)]
+    torch.manual_seed(0)
+    questions = [Question(judge, torch.randn(i + 1, label_tokens, lm.embedding.shape[1]).requires_grad_(),
+                          judge.batch(range(4 + 3 * i))) for i, judge in enumerate(judges)]
+    for turn in range(2):
+        together = read_together(questions, turn)
+        alone = [judge.read(label, batch, turn) for judge, label, batch in questions]
+        for found, expected in zip(together, alone):
+            for one, other in zip(found, expected): assert torch.allclose(one, other, atol=1e-3, rtol=1e-4)
+        loss = lambda answers: sum((z ** 2).sum() + prior.clamp(min=-50).sum() for z, prior in answers)
+        labels = [question.label for question in questions]
+        gradients = [torch.autograd.grad(loss(answers), labels) for answers in (together, alone)]
+        for one, other in zip(*gradients): assert (one - other).abs().max() <= 1e-3 * other.abs().max()
+
+
+def test_steps_do_not_depend_on_how_a_pass_is_divided(lm, monkeypatch):
+    traces = []
+    for most in (1, 10**6):
+        monkeypatch.setattr(module, "MOST", most)
+        known = read_prompts(lm, "words", PROMPTS)
+        searches = [Search(shared_channel(known, tokenize(feature, lm)), seed=i, restarts=2)
+                    for i, feature in enumerate(some_features(3))]
+        searches[1].step()  # it is the other prompt's turn
+        traces.append([step_together(searches) for _ in range(3)])
+    for one, other in zip(*traces):
+        for rows, others in zip(one, other):
+            assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-3)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_labels_are_those_of_one_by_one(lm, together):
+    features = some_features(5)
+    jobs = [Job(one.name, one, dict(seed=i, restarts=1 + i % 2)) for i, one in enumerate(features)]
+    found = dict(label_features(jobs, lm, together=together, **HOW))
+    assert found.keys() == set(range(5))
+    for i, feature in enumerate(features):
+        alone = label_feature(feature, lm, progress=False, **HOW | jobs[i].options)
+        assert found[i].label == alone.label
+        assert found[i].settings == alone.settings
+        assert found[i].ranking.loss[0] == pytest.approx(alone.ranking.loss[0], rel=1e-3)
+        assert len(found[i].trace) == len(alone.trace)
+
+
+def test_features_in_words_and_texts_go_side_by_side(lm):
+    text = Feature.from_texts("animals", ["the cat and the dog", "the red house", "a dog", "a car"],
+                              [[(4, 7, 1.0), (16, 19, 1.0)], [], [(2, 5, 1.0)], []])
+    found = dict(label_features([*some_features(1), text], lm, **HOW))
+    assert found[1].label == label_feature(text, lm, progress=False, **HOW).label
+
+
+def test_a_feature_that_cannot_be_labelled_does_not_stop_the_others(lm):
+    long = Feature.from_texts("long", ["the cat " * 300, "a house"], [[(4, 7, 1.0)], []])
+    found = dict(label_features([some_features(1)[0], long], lm, **HOW))
+    assert isinstance(found[1], ValueError) and "tokens" in str(found[1]) and found[0].label
+
+
+def test_a_stream_is_read_as_it_is_needed(lm):
+    taken = []
+    stream = (taken.append(one.name) or one for one in some_features(6))
+    next(label_features(stream, lm, together=2, **HOW))
+    assert len(taken) <= 4
+
+
+def test_mistakes_show_before_anything_is_labelled(lm):
+    for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
+                  dict(discriminator="direct"), dict(engine="processes")):  # the last: made in memory
+        with pytest.raises(ValueError): label_features(some_features(1), lm, **wrong)
+
+
+def labels(found): return {number: result.label for number, result in found.items()}
+
+
+def test_workers_give_the_labels_of_this_process(stored):
+    features = some_features(5)
+    here = dict(label_features(features, stored, **HOW))
+    assert labels(dict(label_features(features, stored, engine="processes", together=2, **HOW))) == labels(here)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(stored, monkeypatch):
+    opened, original = [], module.start_workers
+    monkeypatch.setattr(module, "start_workers", lambda *a: keep(original(*a)))
+
+    def keep(manager):
+        enter = manager.__enter__
+        class Kept:
+            def __enter__(self): team = enter(); opened.extend(team); return team
+            def __exit__(self, *error): return manager.__exit__(*error)
+        return Kept()
+
+    features, found = some_features(8), []
+    for number, result in label_features(features, stored, engine="processes", together=4, **HOW):
+        if not found: opened[0].process.send_signal(signal.SIGKILL)
+        found.append((number, result))
+    assert sorted(number for number, _ in found) == list(range(8))
+    assert labels(dict(found)) == labels(dict(label_features(features, stored, **HOW)))
+    assert len(opened) == 3
+
+
+def test_a_job_that_kills_its_workers_is_given_up(stored):
+    poison = Job("poison", some_features(1)[0], dict(HOW) | dict(steps=_Ends()))
+    found = dict(module.run_workers(iter([(0, poison), (1, Job("fine", some_features(2)[1], HOW))]),
+                                    lambda: module.process_worker(stored, 1, 1), 1, 1))
+    assert isinstance(found[0], RuntimeError) and "3 times" in str(found[0]) and found[1].label
+
+
+class _Ends:
+    "Ends the process that unpickles it."
+    def __reduce__(self): return os._exit, (3,)
+
+
+def test_an_error_in_the_stream_ends_the_run(stored):
+    def stream():
+        yield from some_features(2)
+        raise ValueError("line 3")
+    with pytest.raises(ValueError, match="line 3"):
+        list(label_features(stream(), stored, engine="processes", together=1, **HOW))
+
+
+def test_files_of_features(tmp_path):
+    features = some_features(2)
+    lines = write(tmp_path / "a.jsonl", features)
+    table = pa.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(read_features(lines)) == features == list(read_features(tmp_path / "a.parquet"))
+    text = dict(name="x", texts=["a cat", "b"], spans=[[[2, 5, 1.0]], []])
+    (tmp_path / "b.jsonl").write_text(json.dumps(text) + '\n{"name": "y"}\n')
+    stream = read_features(tmp_path / "b.jsonl")
+    assert next(stream).mode == "texts"
+    with pytest.raises(ValueError, match="feature 2"): next(stream)
+
+
+def test_a_run_goes_on_where_it_stopped(stored, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", some_features(4)), tmp_path / "out.jsonl"
+    assert label_file(source, out, stored, **HOW) == 4
+    whole = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(whole[:3]) + whole[3][:20])  # as after a power cut
+    assert label_file(source, out, stored, **HOW) == 2
+    rows = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert sorted(row["name"] for row in rows) == [one.name for one in some_features(4)]
+    assert {row["name"]: row["label"] for row in rows} == {json.loads(line)["name"]: json.loads(line)["label"]
+                                                          for line in whole[1:]}
+    with pytest.raises(ValueError, match="other settings"): label_file(source, out, stored, **HOW | dict(steps=7))
+    with FileLock(f"{out}.lock"), pytest.raises(Timeout): label_file(source, out, stored, **HOW)
+    write(source, some_features(1) * 2)
+    with pytest.raises(ValueError, match="twice"): label_file(source, tmp_path / "new.jsonl", stored, **HOW)
+
+
+def test_a_driver_that_is_killed_and_started_again_loses_nothing_and_does_nothing_twice(stored, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", some_features(12)), tmp_path / "out.jsonl"
+    code = textwrap.dedent(f"""
+        import sys; sys.path = {sys.path}
+        from tokenlabel.lm import load_lm
+        from tokenlabel.many import label_file
+        label_file({str(source)!r}, {str(out)!r}, load_lm({stored.model.name_or_path!r}), engine="processes",
+                   together=2, **{HOW!r})""")
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    end = time.time() + 300
+    while time.time() < end and driver.poll() is None and (not out.exists() or out.read_text().count("\n") < 4):
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    before = out.read_text().count("\n") - 1
+    assert 3 <= before < 12
+    assert label_file(source, out, stored, engine="processes", together=2, **HOW) == 12 - before
+    names = [json.loads(line)["name"] for line in out.read_text().splitlines()[1:]]
+    assert sorted(names) == sorted(one.name for one in some_features(12))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A local cluster of Ray."
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tokenlabel[ray]'")
+    ray.init(num_cpus=2, num_gpus=0, log_to_driver=False, include_dashboard=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_labels_of_this_process(cluster, stored):
+    features = some_features(5)
+    found = dict(label_features(features, stored, engine="ray", together=2, **HOW))
+    assert labels(found) == labels(dict(label_features(features, stored, **HOW)))
+
+
+def test_an_actor_that_is_killed_is_replaced(cluster, stored, monkeypatch):
+    actors, original = [], module.start_actor
+
+    def start_actor(*arguments):
+        actors.append(original(*arguments))
+        return actors[-1]
+
+    monkeypatch.setattr(module, "start_actor", start_actor)
+    features, found = some_features(8), []
+    for number, result in label_features(features, stored, engine="ray", together=4, **HOW):
+        if not found: cluster.kill(actors[0])
+        found.append((number, result))
+    assert sorted(number for number, _ in found) == list(range(8)) and len(actors) == 3
+    assert labels(dict(found)) == labels(dict(label_features(features, stored, **HOW)))
+
+
+def test_without_ray_the_error_says_how_to_get_it(stored, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'tokenlabel\[ray\]'"):
+        label_features(some_features(1), stored, engine="ray")
