@@ -21,7 +21,7 @@ from tokenlabel.objective import LossWeights, balanced_bce, class_weights, fit_b
 from tokenlabel.optimize import label_feature, rank_labels
 from tokenlabel.search import (RIVALS, Meter, Oracle, Stage, Task, accuracy_bound, count_positions, flips, label_ids,
                                make_stages, oracle, plot_races, pmi, race, race_all, race_table, rank_in, read_progress,
-                               regret, with_regret)
+                               regret, with_regret, word_table)
 
 FEATURES = {"words": WORDS, "texts": TEXTS}
 HEAVY = LossWeights(kl=0.2)  # a random model tells labels apart by their KL more than by anything else
@@ -219,6 +219,26 @@ def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path):
     assert found._repr_html_().count("<tr") == 1 + 3
 
 
+# --- many features at once ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_words_has_the_logits_of_the_channel(tmp_path):
+    feature = Feature.from_words("x", ["cat", "dog"], ["an", "the"])
+    judge = judge_of(feature, heldout=0)
+    assert all(len(ids) == 1 for ids in judge.tokens.sequences)
+    words, labels = torch.tensor([id for [id] in judge.tokens.sequences]), torch.arange(60, 90)
+    for part in (labels[:7], labels):  # the second time seven rows are known
+        with count_positions(judge.lm) as meter:
+            rows = [word_table(judge.lm, prompt, part, words, tmp_path, progress=False) for prompt in judge.prompts]
+        z = (torch.stack(rows) - judge.baseline[:, None]).mean(0)
+        torch.testing.assert_close(z, judge.hard_logits(part[:, None], judge.batch()), atol=1e-2, rtol=0)
+    per_label = sum(1 + len(prompt.after) for prompt in judge.prompts)
+    assert meter.positions == (len(labels) - 7) * per_label
+    with count_positions(judge.lm) as meter:
+        again = word_table(judge.lm, judge.prompts[0], labels.flip(0), words, tmp_path, progress=False)
+    assert meter.positions == 0 and torch.equal(again.flip(0), rows[0])
+
+
 # --- where a label stands ---------------------------------------------------------------------------------------------
 
 
@@ -236,6 +256,7 @@ def test_rank_and_regret():
     assert rank_in(best, truth) == (0, 0) and regret(best, truth) == pytest.approx(0, abs=1e-4)
     second = replace(result, ranking=full.loc[[full.loss.nsmallest(2).index[1]]].reset_index())
     assert rank_in(second, truth, tie=10.0) == (0, 0)
+    assert second.rank_in(truth) == rank_in(second, truth) and second.regret(truth) == regret(second, truth)
 
 
 @pytest.mark.parametrize("options, words", [({"seed": 1}, "seed"), ({"weights": HEAVY}, "weights"),
@@ -300,6 +321,15 @@ def test_the_same_seed_gives_the_same_race(rival):
 def test_a_list_of_labels_goes_on_to_the_best_of_all_if_the_budget_allows(rival):
     table = race(RIVALS[rival], judge_of(WORDS), 10**9)
     assert table.loss.iloc[-1] == pytest.approx(by_hand(WORDS).loss.min(), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_method_of_this_package_races_as_it_is(seed):
+    "One search of the rival ends where `label_feature` does, with the same draws, and is polished like that."
+    table = race(RIVALS["token space"], judge_of(WORDS, seed=seed), 1, seed=seed)
+    result = label_feature(WORDS, make_tiny_lm("llama"), seed=seed, progress=False)
+    assert table.token_id.iloc[-1] == result.ranking.token_id[0]
+    assert table.loss.iloc[-1] == pytest.approx(result.ranking.loss[0], abs=1e-4)
 
 
 def test_a_rival_is_stopped_soon_after_its_budget_is_spent():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'CJK_FONT', 'RC', 'BLACK', 'ORANGE', 'SKY', 'GREEN', 'BLUE', 'VERMILLION', 'PURPLE', 'GRAY',
            'NAME_WIDTH', 'TOKEN_LINES', 'METRIC_NAMES', 'VERDICTS', 'DIM', 'COLUMNS', 'LINE', 'DOT', 'LANE', 'HEAD',
-           'FOOT', 'style', 'drawable', 'best_restart', 'plot_losses', 'plot_tokens', 'plot_plane', 'plot_accuracy',
-           'plot_heldout', 'plot_result', 'plot_summary', 'save_figure']
+           'FOOT', 'style', 'drawable', 'name_ends', 'best_restart', 'plot_losses', 'plot_tokens', 'plot_plane',
+           'plot_accuracy', 'plot_heldout', 'plot_result', 'plot_summary', 'save_figure']
 
 # %% ../nbs/09_plot.ipynb #7ced9d69
 import io
@@ -92,7 +92,7 @@ def _shorten(text: Text, width: float):
         keep -= 1
         text.set_text(full[:keep - keep // 3] + "…" + full[len(full) - keep // 3:])
 
-def _name_ends(lines: dict[str, Line2D]):
+def name_ends(lines: dict[str, Line2D]):
     "Writes each name where its line ends, beside the panel. The limits of the axes must be final."
     ax = next(iter(lines.values())).axes
     ends = {name: ax.transAxes.inverted().transform(ax.transData.transform(line.get_xydata()[-1]))
@@ -173,7 +173,7 @@ def plot_losses(
     ax.set_yticks([t for t in (0, 0.1, 0.3, 1, 3, 10, 30, 100) if t <= ax.get_ylim()[1]])
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("nats")
-    _name_ends(lines)
+    name_ends(lines)
     return ax
 
 # %% ../nbs/09_plot.ipynb #fcd8f595
@@ -209,7 +209,7 @@ def plot_tokens(
     _step_axis(ax, table.index)
     ax.set_ylim(0, 1.02)
     ax.set_ylabel(f"probability (restart {restart})")
-    _name_ends(lines)
+    name_ends(lines)
     return ax
 
 # %% ../nbs/09_plot.ipynb #3f1da8b5
@@ -315,7 +315,7 @@ def plot_accuracy(
     ax.set_ylim(-0.02, 1.02)
     lines["chance"], = ax.plot(ax.get_xlim(), [0.5, 0.5], color=GRAY, linestyle=":", linewidth=1)
     ax.set_ylabel("accuracy (mean of 5 steps)")
-    _name_ends(lines)
+    name_ends(lines)
     return ax
 
 # %% ../nbs/09_plot.ipynb #f4cc1125
