@@ -42,7 +42,7 @@ from .lm import LM
 from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_weights, cross_entropy
 from .objective import kl_divergence
 from .optimize import (DISCRIMINATORS, SHOWN, STARTS, LabelResult, Search, best_by_look, draw_items,
-                                 fit_logits, has_collapsed, initial_v, neighbors, rank_labels, shortlist)
+                                 fit_logits, has_collapsed, initial_v, look_size, neighbors, rank_labels, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -586,15 +586,16 @@ def tokenspace(task: Task, steps: int = 50, candidates: int = 10, rounds: int = 
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
         rows = []
         while search.done < steps and not has_collapsed(rows, len(search.v)): rows += search.step()
-        ids = shortlist(search, candidates)
-        losses = task.score(torch.tensor(ids, device=task.lm.device))
+        labels = shortlist(search, candidates)
+        losses = task.score(torch.tensor(labels, device=task.lm.device)[:, 0])
         for _ in range(rounds):  # the polish
-            new = [id for id in neighbors(search, [ids[i] for i in losses.argsort()[:STARTS]]) if id not in ids]
+            starts = [labels[i] for i in losses.argsort(stable=True)[:STARTS]]
+            new = [label for label in neighbors(search, starts) if label not in labels]
             if not new: break
-            best = best_by_look(search, torch.tensor(new, device=task.lm.device), STARTS, max(2, search.batch_size // 2))
-            more = task.score(best)
+            best = best_by_look(search, new, STARTS, look_size(search, 1 / 2))
+            more = task.score(torch.tensor(best, device=task.lm.device)[:, 0])
             better = more.min() < losses.min()
-            ids, losses = ids + best.tolist(), torch.cat([losses, more])
+            labels, losses = labels + best, torch.cat([losses, more])
             if not better: break
         yield
         task.seed += 1_000_000  # there is budget left: once more, from another start
