@@ -788,9 +788,9 @@ def plot_races(
             ax.xaxis.set_minor_formatter(NullFormatter())
             if column == "auroc_heldout":
                 ax.axhline(0.5, color=GRAY, linestyle=":", linewidth=1)
-                ax.annotate("chance", (start, 0.5), xytext=(2, 2), textcoords="offset points", fontsize=7,
-                            color=GRAY)
-                ax.set_ylim(min(0.45, ax.get_ylim()[0]), 1.02)
+                ax.annotate("chance", (costs[-1], 0.5), xytext=(-2, -2), textcoords="offset points", fontsize=7,
+                            ha="right", va="top", color=GRAY)
+                ax.set_ylim(min(0.42, ax.get_ylim()[0]), 1.02)
             else: ax.set_ylim(bottom=-0.02 * ax.get_ylim()[1])
             if lines: name_ends(lines)
     return fig
