@@ -299,7 +299,7 @@ def test_a_lesson_in_jupyterlab_says_what_is_wrong_and_then_that_it_is_right(bro
         page.get_by_role("button", name="Hide notification").click()
         page.keyboard.press("Control+b")
         page.wait_for_timeout(2000)  # it slides
-    keep(page, "lesson", 590)
+    keep(page, "lesson", 760)
     attempt("-(p * p.log()).sum()", "0 · log 0 must be 0")
     attempt("-torch.special.xlogy(p, p).sum()", "✓ Right.")
     page.close()

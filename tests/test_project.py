@@ -66,7 +66,7 @@ def test_notebooks_name_the_kernel_that_everybody_has():
 def test_every_notebook_opens_with_what_it_teaches_and_how_long_it_takes():
     for path in NOTEBOOKS:
         first = nbformat.read(ROOT / path, as_version=4).cells[0]
-        opening = re.match(r"# \S.*\n\n> (\S.*)", first.source)
+        opening = re.match(r"# \S.*\n+> (\S.*)", first.source)
         assert first.cell_type == "markdown" and opening, f"{path} opens with a title, and a line with > below it"
         assert re.search(r"\b(second|minute|hour|day|\d+ s\b)", opening[1]), f"{path}: how long does it take?"
 
