@@ -181,7 +181,7 @@ def objective(
     else: factor, bias = torch.ones_like(z[..., 0]), torch.zeros_like(z[..., 0])
     fitted = factor[..., None] * z + bias[..., None]
     accuracy = balanced_bce(fitted, activation, weights.active, smooth=scale and calibrated)
-    h, kl = (each.reshape(len(z), -1).sum(1) for each in (entropy(log_p), kl_divergence(log_p, log_prior)))
+    h, kl = (each.sum(-1) if log_p.ndim == 3 else each for each in (entropy(log_p), kl_divergence(log_p, log_prior)))
     return Losses(weights.accuracy * accuracy + weights.entropy * h + weights.kl * kl, accuracy, h, kl, bias,
                   factor)
 
