@@ -213,7 +213,8 @@ def content_hash(key: dict) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 # %% ../nbs/11_experiment.ipynb #db9dec4c
-_not_numeric = {"__init__", "_modidx", "cli", "experiment", "evaluator", "paper", "plot", "widgets",
+_not_numeric = {"__init__", "_modidx", "cli", "experiment", "evaluator", "paper", "plot", "widgets", "phase", "workshop",
+                "bench", "many", "negatives",
                 "synthetic"}   # what it makes is in the key, as data
 
 def code_version() -> str:
