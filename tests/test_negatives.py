@@ -1,0 +1,50 @@
+"""Hard negatives: which words a label reaches, and what becomes of a feature that gets them."""
+import pytest
+import torch
+from conftest import make_tiny_lm
+
+from tokenlabel.discriminator import channel
+from tokenlabel.feature import Feature, tokenize
+from tokenlabel.negatives import harden, reach
+
+WORDS = Feature.from_words("cats", "cat dog horse cow".split(), "car house book red lamp tree".split())
+POOL = "sheep goat mouse bird stone river".split()
+
+
+def logits(label: str, words: list[str]) -> dict[str, float]:
+    "Logits of words, each in a feature of its own beside one other word."
+    lm, found = make_tiny_lm("llama"), {}
+    for word in words:
+        other = "seven" if word != "seven" else "eight"
+        judge = channel(lm, tokenize(Feature.from_words("one", [word], [other]), lm))
+        found[word] = float(judge.hard_logits(torch.tensor([lm.encode(label)]), judge.batch())[0, 0])
+    return found
+
+
+def test_reach_is_the_logit_of_each_word_largest_first():
+    label = make_tiny_lm("llama").token(70)
+    found, expected = reach(label, POOL, make_tiny_lm("llama")), logits(label, POOL)
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert list(found) == sorted(POOL, key=expected.get, reverse=True)
+
+
+def test_the_easiest_negatives_give_way_to_the_hardest_of_the_pool():
+    lm = make_tiny_lm("llama")
+    label = lm.token(70)
+    hard = harden(WORDS, label, POOL, lm, count=2)
+    inactive = "car house book red lamp tree".split()
+    easy = sorted(inactive, key=logits(label, inactive).get)[:2]
+    new = sorted(POOL, key=logits(label, POOL).get)[-2:]
+    assert set(hard.texts) == (set(WORDS.texts) - set(easy)) | set(new)
+    fires = {word for word, [span] in zip(hard.texts, hard.spans) if span.activation}
+    assert fires == {"cat", "dog", "horse", "cow"} and hard.name == "cats"
+    assert len(set(harden(WORDS, label, POOL, lm).texts) & set(POOL)) == 3  # half of the inactive ones
+
+
+def test_what_cannot_be_hardened_is_refused():
+    lm = make_tiny_lm("llama")
+    with pytest.raises(ValueError, match="active in cats: cat"): harden(WORDS, " a", [*POOL, "cat"], lm)
+    with pytest.raises(ValueError, match="count=7: cats has 6 inactive words"): harden(WORDS, " a", POOL, lm, count=7)
+    with pytest.raises(ValueError, match="and the pool 1 new ones"): harden(WORDS, " a", ["car", "sheep"], lm)
+    texts = Feature.from_texts("cats", ["the cat sat.", "no book."], [[(4, 7, 1.0)], []])
+    with pytest.raises(ValueError, match="has texts"): harden(texts, " a", POOL, lm)
