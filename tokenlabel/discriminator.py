@@ -8,8 +8,10 @@ __all__ = ['PROMPTS', 'BLOCK', 'EXPECTED_LABELS', 'CONTINUED', 'POSITIONS', 'Pro
            'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -78,19 +80,46 @@ def pack(
 ) -> Packing:
     "Lay out token sequences for `token_log_probs`; raises ValueError for an empty sequence."
     if not sequences or not all(sequences): raise ValueError("there is an empty sequence, or none at all")
-    rows, starts = [[]], []  # rows: (sequence number, token id, offset) of each position
-    for number, ids in enumerate(sequences):
-        if rows[-1] and len(rows[-1]) + len(ids) - 1 > capacity: rows.append([])
-        starts.append((len(rows) - 1, len(rows[-1])))
-        rows[-1] += [(number, id, offset) for offset, id in enumerate(ids[:-1])]
+    alike = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    limit = _row_limit([sequences[i] for i in alike], capacity)
+    rows, paths, last = [[]], {}, None  # rows: (parent, token id, offset) of each position
+    for i in alike:
+        ids, known = sequences[i], 0 if last is None else _shared(sequences[last], sequences[i])
+        if rows[-1] and len(rows[-1]) + len(ids) - 1 - known > limit: rows, known = [*rows, []], 0
+        path = [-1] + (paths[last][1][1:1 + known] if known else [])
+        for offset, id in enumerate(ids[known:-1], known):
+            rows[-1].append((path[-1], id, offset))
+            path.append(len(rows[-1]) - 1)
+        paths[i], last = (len(rows) - 1, path), i
     width = max(map(len, rows))
     layout = torch.tensor([row + [(-1, 0, 0)] * (width - len(row)) for row in rows], dtype=torch.long)
-    layout = layout.reshape(len(rows), width, 3)
-    number, ids, offset = layout.unbind(-1)
-    visible = (number[:, :, None] == number[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
-    source = [row * (1 + width) + (1 + start + j - 1 if j else 0)
-              for (row, start), seq in zip(starts, sequences) for j in range(len(seq))]
-    return Packing(ids, offset, visible, torch.tensor(source), torch.tensor([id for seq in sequences for id in seq]))
+    parent, ids, offset = layout.reshape(len(rows), width, 3).unbind(-1)
+    source = [row * (1 + width) + 1 + place for row, path in map(paths.get, range(len(sequences))) for place in path]
+    return Packing(ids, offset, _ancestors(parent), torch.tensor(source),
+                   torch.tensor([id for seq in sequences for id in seq]))
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    "Positions that two sequences have in common: their last tokens have none."
+    return len(commonprefix([list(one[:-1]), list(other[:-1])]))
+
+
+def _row_limit(sequences: Sequence[Sequence[int]], capacity: int) -> int:
+    "Positions per row, so that rows are as few as `capacity` allows, and about equally long: padding is computed, too."
+    total = sum(len(ids) - 1 for ids in sequences) - sum(map(_shared, sequences, sequences[1:]))
+    rows = max(1, math.ceil(total / capacity))
+    return min(capacity, total // rows + 2 * max(map(len, sequences)))
+
+
+def _ancestors(parent: Tensor) -> Tensor:  # long [K, P] to bool [K, P, P]
+    "Each position, and those in front of it on its path."
+    K, P = parent.shape
+    visible, above = torch.eye(P, dtype=torch.bool).repeat(K, 1, 1), parent
+    while (above >= 0).any():
+        row, place = (above >= 0).nonzero().T
+        visible[row, place, above[row, place]] = True
+        above = torch.where(above >= 0, parent.gather(1, above.clamp(min=0)), -1)
+    return visible
 
 # %% ../nbs/04_discriminator.ipynb #7c637155
 def forward_rows(
