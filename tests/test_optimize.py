@@ -196,7 +196,8 @@ def test_in_the_long_run_every_sequence_is_drawn_equally_often():
 
 def trace_of(*tops: list[tuple[str, float]]) -> list[dict]:
     "A trace from the top token of each restart, step by step."
-    return [dict(step=step, restart=r, tokens=[token, "x"], probabilities=[p, 1 - p])
+    return [dict(step=step, restart=r, tokens=[token, "x"], probabilities=[p, 1 - p], accuracy_loss=0.3,
+                 hard_accuracy_loss=0.3 if p > 0.99 else 0.4)
             for step, restarts in enumerate(tops) for r, (token, p) in enumerate(restarts)]
 
 

@@ -28,7 +28,7 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import DynamicCache
 
-from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention_mask,
+from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention, attention_mask,
                                       check_length, marginal_log_probs, next_log_prior, pack, read_prompt)
 from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, tokenize
@@ -109,9 +109,10 @@ def forward_together(
         masks.append(attention_mask(n, m, visible).repeat(R, 1, 1, 1))
     rows = sum(map(len, inputs))
     cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in prompt.cache])
-    hidden = lm.model.base_model(
-        inputs_embeds=torch.cat(inputs), position_ids=torch.cat(positions).to(lm.device), past_key_values=cache,
-        attention_mask=torch.cat(masks).to(lm.device, lm.dtype), use_cache=True).last_hidden_state
+    with attention(questions[0].label, rows * (m + width) * (n + m + width)):
+        hidden = lm.model.base_model(
+            inputs_embeds=torch.cat(inputs), position_ids=torch.cat(positions).to(lm.device), past_key_values=cache,
+            attention_mask=torch.cat(masks).to(lm.device, lm.dtype), use_cache=True).last_hidden_state
     parts = hidden.split([len(part) for part in inputs])
     return [part.unflatten(0, (len(question.label), -1))[:, :, :m + packing.ids.shape[1]]
             for part, question, packing in zip(parts, questions, packings)]
@@ -178,7 +179,13 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
             answers = read_together(questions, turn)
             losses = [searches[i].losses(asked[i], *answer) for i, answer in zip(part, answers)]
             torch.stack([loss.total.sum() for loss in losses]).sum().backward()
-            for i, answer, loss in zip(part, answers, losses): rows[i] = searches[i].learn(asked[i], loss, *answer)
+            due = [i for i in part if asked[i].hard is not None]
+            with torch.no_grad():
+                alone = read_together([Question(searches[i].discriminator, asked[i].hard, asked[i].batch) for i in due],
+                                      turn) if due else []
+            hard = {i: z for i, (z, _) in zip(due, alone)}
+            for i, answer, loss in zip(part, answers, losses):
+                rows[i] = searches[i].learn(asked[i], loss, *answer, hard.get(i))
     return [rows[i] for i in range(len(searches))]
 
 

@@ -157,16 +157,24 @@ def _step_axis(ax: Axes, steps: pd.Series):
 
 @style()
 def plot_losses(
-    trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_loss, entropy, kl
+    trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_loss, entropy, kl; and
+                                # if it is known hard_accuracy_loss, or NaN
     ax: Axes | None = None,     # where to draw; None: a new figure
 ) -> Axes:
-    "The total loss and its three parts (accuracy loss, entropy, KL; all in nats, unweighted) over steps."
+    """The total loss and its three parts (accuracy loss, entropy, KL; all in nats, unweighted) over steps.
+
+    Dots are the accuracy loss of the best restart's top token alone: what they are above the line is superposition.
+    """
     _check(trace, "trace", ["step", "restart", "loss", "accuracy_loss", "entropy", "kl"])
     ax = _axes(ax, right=NAME_WIDTH)
     lines = {"total": _draw_restarts(ax, trace, "loss", color=BLACK, linewidth=2),
              "accuracy": _draw_restarts(ax, trace, "accuracy_loss", color=VERMILLION, linestyle="--"),
              "entropy": _draw_restarts(ax, trace, "entropy", color=BLUE, linestyle=":", linewidth=1.6),
              "KL": _draw_restarts(ax, trace, "kl", color=GREEN, linestyle="-.")}
+    if "hard_accuracy_loss" in trace:
+        alone = trace[trace.restart == best_restart(trace)].dropna(subset="hard_accuracy_loss")
+        ax.plot(alone.step, alone.hard_accuracy_loss, "o", color=VERMILLION, markersize=2.5, markerfacecolor="white",
+                markeredgewidth=0.8, zorder=3)
     _step_axis(ax, trace.step)
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
     ax.set_ylim(0, max(0.1, 1.15 * trace[["loss", "accuracy_loss", "entropy", "kl"]].to_numpy().max()))
