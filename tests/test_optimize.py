@@ -52,6 +52,11 @@ def run(feature=WORDS, family="llama", seed=0, **options) -> LabelResult:
                          **(dict(steps=12, restarts=2, progress=False) | options))
 
 
+def finite_part(trace) -> np.ndarray:
+    "All numbers but those that most steps leave out."
+    return trace.drop(columns="hard_accuracy_loss").select_dtypes("number").to_numpy()
+
+
 @pytest.fixture(scope="module", params=FEATURES)
 def result(request) -> LabelResult:
     "One search in each mode, for tests that only look at it."
@@ -242,7 +247,31 @@ def test_the_trace_has_a_row_for_each_step_and_restart(result):
         assert len(row.tokens) == len(row.probabilities) == 10
         assert row.probabilities == sorted(row.probabilities, reverse=True) and sum(row.probabilities) <= 1 + 1e-5
         assert 0 <= row.entropy <= math.log(300) and 0 <= row.accuracy_active <= 1 and 0 <= row.accuracy_inactive <= 1
-    assert np.isfinite(trace.select_dtypes("number").to_numpy()).all()
+    assert np.isfinite(finite_part(trace)).all()
+
+
+def test_the_gap_to_the_most_probable_label_is_known_every_fifth_step_and_whenever_all_are_sure_of_one(result):
+    for step, rows in result.trace.groupby("step"):
+        due = step % 5 == 0 or (rows.probabilities.str[0] > 0.9).all()
+        assert rows.hard_accuracy_loss.notna().all() if due else rows.hard_accuracy_loss.isna().all()
+
+
+@pytest.mark.parametrize("discriminator", [channel, direct])
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_the_gap_is_between_the_soft_label_and_its_most_probable_one(discriminator, label_tokens):
+    lm = make_tiny_lm("llama")
+    judge = discriminator(lm, tokenize(WORDS, lm))
+
+    def first_step(peak):
+        search = Search(judge, restarts=2, label_tokens=label_tokens, steps=3)
+        with torch.no_grad(): search.v[0, :, int(lm.admissible.nonzero()[40])] += peak
+        return search.step()
+
+    (sure, wide), (unsure, same) = first_step(300.0), first_step(2.0)
+    assert sure["hard_accuracy_loss"] == pytest.approx(sure["accuracy_loss"], abs=1e-5)
+    assert wide == same and abs(wide["hard_accuracy_loss"] - wide["accuracy_loss"]) > 1e-5
+    assert unsure["accuracy_loss"] != pytest.approx(sure["accuracy_loss"], abs=1e-3)
+    assert unsure["hard_accuracy_loss"] == pytest.approx(sure["hard_accuracy_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", FEATURES)
@@ -328,7 +357,7 @@ def test_graded_activations_count_as_what_they_are():
     graded = Feature.from_words("size", {"horse": 1.0, "cow": 0.9, "goat": 0.6, "dog": 0.5},
                                 {"mouse": 0.1, "bird": 0.2, "cat": 0.4, "car": 0.0})
     result = run(graded, heldout=0.25)
-    assert np.isfinite(result.trace.select_dtypes("number").to_numpy()).all()
+    assert np.isfinite(finite_part(result.trace)).all()
     flat = Feature.from_words("size", ["horse", "cow", "goat", "dog"], ["mouse", "bird", "cat", "car"])
     assert not np.allclose(result.trace.loss[:2], run(flat, heldout=0.25).trace.loss[:2], atol=1e-3)
 
@@ -337,7 +366,7 @@ def test_graded_activations_count_as_what_they_are():
 def test_a_model_in_half_precision_works(mode):
     lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True), dtype=torch.bfloat16)
     half = label_feature(FEATURES[mode], lm, steps=5, restarts=2, progress=False)
-    assert np.isfinite(half.trace.select_dtypes("number").to_numpy()).all()
+    assert np.isfinite(finite_part(half.trace)).all()
     assert half.trace.loss[:2].tolist() == pytest.approx(run(FEATURES[mode]).trace.loss[:2].tolist(), abs=0.05)
 
 

@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
                            help=f"{meaning} (default: {default})")
 
     setting("discriminator", "channel", "how the model judges a label")
-    setting("restarts", 3, "searches that run side by side")
+    setting("restarts", 2, "searches that run side by side")
     setting("steps", 50, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")

@@ -580,7 +580,7 @@ def gumbel(task: Task, restarts: int = 3, steps: int = 50, lr: float = 0.5) -> I
         yield
 
 
-def tokenspace(task: Task, steps: int = 50, candidates: int = 10, rounds: int = 2) -> Iterator[None]:
+def tokenspace(task: Task, steps: int = 50, candidates: int = 6, rounds: int = 2) -> Iterator[None]:
     "The method of this package, with the defaults of `label_feature`."
     while True:
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
