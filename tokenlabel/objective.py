@@ -26,7 +26,7 @@ class LossWeights:
     """
     accuracy: float = 1.0
     entropy: float = 0.2
-    kl: float = 0.02
+    kl: float = 0.03
     active: float | None = 0.5  # weight of the active class in the accuracy loss; None: each unit counts the same
 
     def __post_init__(self):

@@ -76,7 +76,7 @@ class Controls:
     "Where the sliders stand. Raises ValueError for what a search cannot work with."
     accuracy: float = 1.0  # weight of the accuracy loss
     entropy: float = 0.0  # weight of the entropy
-    kl: float = 0.02  # weight of the KL
+    kl: float = 0.03  # weight of the KL
     lr: float = 0.5  # learning rate
     temperature: float = 1.0
     restarts: int = 3
