@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'MOST', 'RETRIES', 'ENGINES', 'Known', 'read_prompts', 'learn_words', 'shared_channel', 'Question',
-           'forward_together', 'predict_together', 'read_together', 'step_together', 'search_together', 'Live',
-           'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler', 'start_actor', 'ray_worker', 'run_workers',
-           'label_features', 'read_features', 'result_row', 'read_results', 'label_file']
+           'forward_together', 'predict_together', 'read_together', 'ask_together', 'praised_together', 'step_together',
+           'search_together', 'Live', 'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler', 'start_actor',
+           'ray_worker', 'run_workers', 'label_features', 'read_features', 'result_row', 'read_results', 'label_file']
 
 # %% ../nbs/06c_many.ipynb #9451deb5
 import json
@@ -33,8 +33,9 @@ from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _ga
 from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, tokenize
 from .lm import LM
+from .softlabel import embed_softlabel
 from .optimize import (Asked, LabelResult, Search, _check_settings, conclude, has_collapsed, label_feature,
-                                 new_search)
+                                 new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
 class Known(NamedTuple):
@@ -165,6 +166,27 @@ TOGETHER = 64  # searches under way
 MOST = 1024  # positions of a pass with gradient
 
 
+def ask_together(searches: Sequence[Search], drawn: Sequence[Batch]) -> list[Asked]:
+    "What `ask` gives for each search: all soft labels are multiplied with the embeddings at once."
+    log_p = [search.soft_labels() for search in searches]
+    labels = embed_softlabel(torch.cat(log_p), searches[0].discriminator.lm).split([len(one) for one in log_p])
+    return [search.asked(*parts) for search, *parts in zip(searches, drawn, log_p, labels)]
+
+
+@torch.no_grad()
+def praised_together(
+    searches: Sequence[Search],
+    asked: Sequence[Asked],
+    log_prior: Sequence[Tensor],  # of each search: [R, T, V]
+) -> list[Tensor]:  # of each: long [R, T, k]
+    "What the gradients praise, likewise at once."
+    count = [len(one.label) for one in asked]
+    kl = torch.tensor([search.weights.kl for search in searches]).repeat_interleave(torch.tensor(count))[:, None, None]
+    lm = searches[0].discriminator.lm
+    return list(praised(torch.cat([one.label.grad for one in asked]), torch.cat(list(log_prior)), lm, kl.to(lm.device)
+                        ).split(count))
+
+
 def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: what its `step` gives
     "One step of each search."
     rows, groups = {}, {}
@@ -173,8 +195,9 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
         turn = search.done % len(prompts)
         groups.setdefault((prompts[turn].text, search.v.shape[1]), (turn, []))[1].append(i)
     for turn, chosen in groups.values():
-        asked = {i: searches[i].ask() for i in chosen}
-        for part in _in_parts(asked, len(searches[chosen[0]].discriminator.prompts[turn].after)):
+        drawn = {i: searches[i].draw(searches[i].batch_size) for i in chosen}
+        for part in _in_parts(searches, drawn, len(searches[chosen[0]].discriminator.prompts[turn].after)):
+            asked = dict(zip(part, ask_together([searches[i] for i in part], [drawn[i] for i in part])))
             questions = [Question(searches[i].discriminator, asked[i].label, asked[i].batch) for i in part]
             answers = read_together(questions, turn)
             losses = [searches[i].losses(asked[i], *answer) for i, answer in zip(part, answers)]
@@ -184,17 +207,18 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
                 alone = read_together([Question(searches[i].discriminator, asked[i].hard, asked[i].batch) for i in due],
                                       turn) if due else []
             hard = {i: z for i, (z, _) in zip(due, alone)}
-            for i, answer, loss in zip(part, answers, losses):
-                rows[i] = searches[i].learn(asked[i], loss, *answer, hard.get(i))
+            better = praised_together([searches[i] for i in part], [asked[i] for i in part], [prior for _, prior in answers])
+            for i, answer, loss, best in zip(part, answers, losses, better):
+                rows[i] = searches[i].learn(asked[i], loss, *answer, hard.get(i), best)
     return [rows[i] for i in range(len(searches))]
 
 
-def _in_parts(asked: dict[int, Asked], after: int) -> list[list[int]]:
+def _in_parts(searches: Sequence[Search], drawn: dict[int, Batch], after: int) -> list[list[int]]:
     "Questions of like width together, in parts of so many positions as `MOST`."
-    width = {i: one.label.shape[1] + after + one.batch.packing.ids.shape[1] for i, one in asked.items()}
-    count = {i: len(one.label) * len(one.batch.packing.ids) for i, one in asked.items()}
+    width = {i: searches[i].v.shape[1] + after + batch.packing.ids.shape[1] for i, batch in drawn.items()}
+    count = {i: len(searches[i].v) * len(batch.packing.ids) for i, batch in drawn.items()}
     parts, rows = [], 0
-    for i in sorted(asked, key=width.get):
+    for i in sorted(drawn, key=width.get):
         rows += count[i]
         if not parts or rows * width[i] > MOST: parts, rows = [*parts, []], count[i]
         parts[-1].append(i)

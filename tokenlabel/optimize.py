@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Label', 'GAP_EVERY', 'SURE', 'MOST', 'SECOND', 'LEAST', 'STARTS', 'FRONT', 'FIRST_STEPS', 'STEMS', 'SHOWN', 'TABLES',
            'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots', 'draw_items', 'praised',
-           'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'score_labels', 'hard_kl', 'fit_logits',
-           'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'neighbors', 'polish', 'extensions', 'grow',
-           'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html',
+           'replaced', 'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'score_labels', 'hard_kl',
+           'fit_logits', 'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'neighbors', 'polish', 'extensions',
+           'grow', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html',
            'save_result', 'load_result', 'label_feature', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
@@ -102,16 +102,21 @@ Label = tuple[int, ...]  # token ids
 def praised(
     gradient: Tensor,  # [B, T, d], of the loss at B labels of T tokens, but for each token's own KL
     log_prior: Tensor,  # [B, T, V], the LM's log-probabilities at each slot
-    labels: Sequence[Label],  # B
     lm: LM,
-    weights: LossWeights,
+    kl: float | Tensor,  # its weight; or one for each label, [B, 1, 1]
     k: int = 8,
-) -> list[list[list[Label]]]:  # of each label, of each slot: k labels, best first
-    "The labels with one other token that would have the lowest loss, to first order."
-    change = gradient @ lm.embedding.T * lm.embed_scale - weights.kl * log_prior
-    best = change.masked_fill(~lm.admissible, float("inf")).topk(k, largest=False).indices.tolist()  # [B, T, k]
-    return [[[(*label[:t], id, *label[t + 1:]) for id in ids] for t, ids in enumerate(slots)]
-            for label, slots in zip(labels, best)]
+) -> Tensor:  # long [B, T, k], best first
+    "The tokens that, put into a slot, would give the lowest loss, to first order."
+    change = gradient @ lm.embedding.T * lm.embed_scale - kl * log_prior
+    return change.masked_fill(~lm.admissible, float("inf")).topk(k, largest=False).indices
+
+
+def replaced(
+    label: Label,
+    better: Sequence[Sequence[int]],  # tokens for each slot
+) -> list[Label]:
+    "The labels with one token replaced."
+    return [(*label[:t], id, *label[t + 1:]) for t, ids in enumerate(better) for id in ids]
 
 # %% ../nbs/06_optimize.ipynb #01de3e67
 def top_labels(
@@ -213,10 +218,17 @@ class Search:
 
     def ask(self) -> Asked:
         "What the discriminator is to judge in this step."
-        batch, lm = self.draw(self.batch_size), self.discriminator.lm
+        log_p = self.soft_labels()
+        return self.asked(self.draw(self.batch_size), log_p, embed_softlabel(log_p, self.discriminator.lm))
+
+    def soft_labels(self) -> Tensor:  # [R, T, V]
+        "Their log-probabilities in this step."
+        return self.log_p(schedule(self.done, self.steps, self.temperature, self.ramp)[0])
+
+    def asked(self, batch: Batch | DirectBatch, log_p: Tensor, label: Tensor) -> Asked:
+        "What `ask` gives, when data, soft labels and their embeddings are there."
+        lm = self.discriminator.lm
         temperature, share = schedule(self.done, self.steps, self.temperature, self.ramp)
-        log_p = self.log_p(temperature)
-        label = embed_softlabel(log_p, lm)
         label.retain_grad()
         self.adam.zero_grad()
         most, ids = log_p.detach().max(-1)
@@ -235,16 +247,25 @@ class Search:
         return fit, tokens.activation[unit][fit].to(self.v.device)
 
     @torch.no_grad()
-    def learn(self, asked: Asked, losses: Losses, z: Tensor, log_prior: Tensor, hard: Tensor | None) -> list[dict]:
-        "Move v by its gradient, and give the rows of the trace; `hard` is what `asked.hard` gets for logits."
+    def learn(
+        self,
+        asked: Asked,
+        losses: Losses,
+        z: Tensor,  # [R, U]
+        log_prior: Tensor,  # [R, T, V]
+        hard: Tensor | None,  # [R, U], logits of `asked.hard`
+        better: Tensor | None = None,  # what `praised` gives for this step; left out: computed
+    ) -> list[dict]:
+        "Move v by its gradient, and give the rows of the trace."
         _, temperature, entropy_weight, log_p, label, _ = asked
         lm, (fit, activation) = self.discriminator.lm, self._to_fit(asked)
         z = z[:, fit]
         alone = torch.full_like(losses.accuracy, torch.nan) if hard is None else self.losses(asked, hard, log_prior).accuracy
         self.adam.step()
         tops = [top_labels(p, lm) for p in log_p.detach()]
-        better = praised(label.grad, log_prior.detach(), [top[0][0] for top in tops], lm, self.weights)
-        for r, top in enumerate(tops): self.meet(sum(better[r], []) + [label for label, p in top if p > 0], r)
+        if better is None: better = praised(label.grad, log_prior, lm, self.weights.kl)
+        for r, (top, slots) in enumerate(zip(tops, better.tolist())):
+            self.meet(replaced(top[0][0], slots) + [label for label, p in top if p > 0], r)
         accuracy = class_accuracy(losses.scale[:, None] * z.detach() + losses.bias[:, None], activation)
         numbers = torch.stack([*losses[:4], *accuracy, alone]).T.tolist()
         names = ("loss", "accuracy_loss", "entropy", "kl", "accuracy_active", "accuracy_inactive", "hard_accuracy_loss")
@@ -416,8 +437,8 @@ def neighbors(
     accuracy, _ = fit_logits(z, judge, weights, batch.unit)
     kl = -log_prior.gather(2, ids[:, :, None])  # a token's change is felt by the KL of those behind it, too
     (weights.accuracy * accuracy.sum() + weights.kl * kl.sum()).backward()
-    found = praised(label.grad, log_prior.detach(), labels, judge.lm, weights)
-    near = [sum(slots, []) for slots in found]
+    better = praised(label.grad, log_prior.detach(), judge.lm, weights.kl).tolist()
+    near = [replaced(label, slots) for label, slots in zip(labels, better)]
     for label, others in zip(labels, near): search.meet(others, search.met[label][1])
     return [label for label in dict.fromkeys(sum(near, [])) if spelled(label, judge.lm)]
 
