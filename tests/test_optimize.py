@@ -23,7 +23,7 @@ from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
 from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_kl, has_collapsed, label_feature,
-                                 rank_labels, schedule, top_labels)
+                                 near_labels, rank_labels, schedule, spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -445,6 +445,22 @@ def test_no_more_candidates_are_ranked_than_asked_for_the_restarts_own_and_neigh
     more = 2 + 2 * STARTS  # two restarts, and two rounds of neighbors
     assert 3 <= len(short) <= 3 + more and 40 <= len(long) <= 40 + more
     assert long.loss[0] <= short.loss[0] + 1e-6
+
+
+@pytest.mark.parametrize("label_tokens", [1, 2, 3])
+def test_neighbors_differ_in_one_token_or_are_shifted_by_one(label_tokens):
+    lm = make_tiny_lm("llama")
+    search = Search(channel(lm, tokenize(WORDS, lm)), label_tokens=label_tokens)
+    text = " cat sat mat"
+    label = tuple(lm.encode(text))[:label_tokens]
+    search.meet([label], 1)
+    near = near_labels(search, [label])
+    assert near and all(len(other) == label_tokens and spelled(other, lm) for other in near)
+    for other in near:
+        replaced = sum(a != b for a, b in zip(label, other)) <= 1
+        assert replaced or other[1:] == label[:-1] or other[:-1] == label[1:]
+        assert search.met[other][1] == 1  # they belong to the restart that they come from
+    if label_tokens > 1: assert any(other[1:] == label[1:] and other != label for other in near)
 
 
 # --- held-out words ---------------------------------------------------------------------------------------------------
