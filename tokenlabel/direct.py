@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from .discriminator import next_log_prior
+from .discriminator import attention, next_log_prior
 from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 
@@ -189,8 +189,9 @@ def forward(
     # padding stays at the last position: there may be none behind it
     positions = past.seen.sum(1, keepdim=True) + torch.minimum(step, lengths[:, None] - 1).clamp(min=0)
     cache = DynamicCache(past.layers)
-    hidden = lm.model.base_model(inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=positions,
-                                 past_key_values=cache, use_cache=True).last_hidden_state
+    with attention(inputs, mask.numel()):
+        hidden = lm.model.base_model(inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=positions,
+                                     past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, cache
 
 # %% ../nbs/04b_direct.ipynb #76b02c76
