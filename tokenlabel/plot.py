@@ -173,8 +173,9 @@ def plot_losses(
              "KL": _draw_restarts(ax, trace, "kl", color=GREEN, linestyle="-.")}
     if "hard_accuracy_loss" in trace:
         alone = trace[trace.restart == best_restart(trace)].dropna(subset="hard_accuracy_loss")
-        ax.plot(alone.step, alone.hard_accuracy_loss, "o", color=VERMILLION, markersize=2.5, markerfacecolor="white",
-                markeredgewidth=0.8, zorder=3)
+        ax.plot(alone.step, alone.hard_accuracy_loss, "o", color=VERMILLION, markersize=3, markerfacecolor="white",
+                markeredgewidth=0.8, zorder=3, label="accuracy loss of the top token alone")
+        _legend_above(ax)
     _step_axis(ax, trace.step)
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
     ax.set_ylim(0, max(0.1, 1.15 * trace[["loss", "accuracy_loss", "entropy", "kl"]].to_numpy().max()))
