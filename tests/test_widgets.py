@@ -83,7 +83,7 @@ def test_left_alone_it_is_a_search_number_for_number(tiny):
     exploration = Exploration(small(), tiny, controls=STILL, seed=3)
     search = Search(make_judge(small(), tiny), weights=STILL.weights, restarts=2, temperature=(0.5, 0.5), ramp=(1, 1),
                     batch_size=64, seed=3)
-    for _ in range(6): assert exploration.step() == search.step()
+    for _ in range(6): pd.testing.assert_frame_equal(pd.DataFrame(exploration.step()), pd.DataFrame(search.step()))
     assert torch.equal(torch.stack(exploration.rows), search.v)
 
 

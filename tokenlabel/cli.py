@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     setting("steps", 50, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
-    setting("kl", .02, "weight of the label's divergence from what the model expects")
+    setting("kl", .03, "weight of the label's divergence from what the model expects")
     setting("heldout", .3, "share of the words that are kept for scoring")
     setting("seed", 0, "same seed, same result")
 
