@@ -84,9 +84,6 @@ def random_sequences(lm, seed, lengths):
     return [ids[torch.randint(len(ids), (n,), generator=random)].tolist() for n in lengths]
 
 
-def longest_position(packing): return int(packing.offset.max())
-
-
 def close(a, b, atol=ATOL): return torch.allclose(a.double(), b.double(), rtol=0, atol=atol)
 
 
@@ -172,7 +169,7 @@ def test_rows_longer_than_the_model_can_read_at_once_are_fine(family):
     label = embed_softlabel(random_softlabel(lm, 6, 1, 1), lm)
     packing = pack(sequences, 350)
     rows, width = packing.ids.shape
-    assert rows == 1 and width > 256 > longest_position(packing)
+    assert rows == 1 and width > 256 > packing.offset.max()
     fast = token_log_probs(lm, prompt, label, packing)[0].reshape(70, 6)
     for i in (0, 1, 30, 68, 69): assert close(fast[i], naive_log_probs(lm, prompt, label[0], sequences[i]))
 

@@ -165,6 +165,16 @@ def test_constant_and_tied_tables_can_be_drawn():
 
 # --- that it is true
 
+def test_rings_are_what_the_best_restarts_top_token_is_worth_alone():
+    best = plot.best_restart(TRACE)
+    alone = TRACE.accuracy_loss.where(TRACE.step % 5 == 0) + 0.2
+    ax = plot.plot_losses(TRACE.assign(hard_accuracy_loss=alone))
+    [rings] = [line for line in ax.lines if line.get_marker() == "o"]
+    shown = alone[TRACE.restart == best].dropna()
+    assert rings.get_ydata().tolist() == shown.tolist() and len(shown) < (TRACE.restart == best).sum()
+    assert not [line for line in plot.plot_losses(TRACE).lines if line.get_marker() == "o"]
+
+
 def test_losses_are_those_of_the_trace_and_the_best_restart_is_bold():
     trace = TRACE.copy()
     trace.loc[(trace.restart == 2) & (trace.step == trace.step.max()), "loss"] = 0

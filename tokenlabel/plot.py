@@ -149,6 +149,13 @@ def _smoothed(trace: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     means = trace.groupby("restart")[columns].rolling(5, center=True, min_periods=1).mean()
     return trace.assign(**{column: means[column].to_numpy() for column in columns})
 
+def _legend_above(ax: Axes, order: Collection[str] = ()):
+    "A legend of one row above the panel, off the data; names in `order` first."
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    names = [n for n in order if n in handles] + [n for n in handles if n not in order]
+    ax.legend([handles[n] for n in names], names, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names),
+              borderpad=0, handlelength=1.2, handletextpad=0.3, columnspacing=0.8)
+
 def _step_axis(ax: Axes, steps: pd.Series):
     first, last = steps.min(), steps.max()
     ax.set_xlim(first if last > first else first - 1, last)
@@ -222,13 +229,6 @@ def plot_tokens(
     return ax
 
 # %% ../nbs/09_plot.ipynb #3f1da8b5
-def _legend_above(ax: Axes, order: Collection[str] = ()):
-    "A legend of one row above the panel, off the data; names in `order` first."
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    names = [n for n in order if n in handles] + [n for n in handles if n not in order]
-    ax.legend([handles[n] for n in names], names, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names),
-              borderpad=0, handlelength=1.2, handletextpad=0.3, columnspacing=0.8)
-
 def _place_names(ax: Axes, names: dict[str, tuple[float, float]], dots: np.ndarray, paths: np.ndarray):
     """Writes each name near its point (data coordinates), the first in the color of the label; clear of each other, of
     the named points and of the panel's edges, and as far as it goes of `paths` and of `dots`, both points [n, 2].
