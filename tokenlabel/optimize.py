@@ -7,8 +7,8 @@ __all__ = ['Label', 'GAP_EVERY', 'SURE', 'MOST', 'SECOND', 'LEAST', 'FRONT', 'FI
            'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots', 'draw_items', 'praised',
            'replaced', 'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'score_labels', 'hard_kl',
            'fit_logits', 'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors',
-           'near_labels', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text',
-           'result_html', 'save_result', 'load_result', 'label_feature', 'new_search', 'conclude', 'label_length']
+           'polish', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html',
+           'save_result', 'load_result', 'label_feature', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -429,7 +429,7 @@ FRONT = 512  # likeliest first tokens that are tried in front of a stem
 def extensions(
     judge: Channel | Direct,
     stems: Sequence[Label],  # of t tokens
-    k: int = 32,
+    k: int = 16,
 ) -> list[Label]:  # of t + 1 tokens
     "The stems with one more token: for each the k likeliest behind it, and the k likeliest in front of its first token."
     lm, ids = judge.lm, torch.tensor(stems, device=judge.lm.device)
@@ -443,7 +443,7 @@ def extensions(
 
 # %% ../nbs/06_optimize.ipynb #9b95cac6
 FIRST_STEPS = 10  # of a search for single tokens
-STEMS = 16  # labels that are made longer
+STEMS = 24  # labels that are made longer
 
 
 def grow(
@@ -482,20 +482,6 @@ def neighbors(
     for label, others in zip(labels, near): search.meet(others, search.met[label][1])
     return [label for label in dict.fromkeys(sum(near, [])) if spelled(label, judge.lm)]
 
-# %% ../nbs/06_optimize.ipynb #d34504db
-def near_labels(
-    search: Search,
-    labels: Sequence[Label],  # that the search has met
-) -> list[Label]:
-    "Labels with one other token: those that the gradient praises and, for several tokens, those that the LM expects."
-    found = neighbors(search, labels)
-    if len(labels[0]) > 1:
-        for label in labels:
-            grown = extensions(search.discriminator, [label[1:], label[:-1]])
-            search.meet(grown, search.met[label][1])
-            found += grown
-    return list(dict.fromkeys(found))
-
 # %% ../nbs/06_optimize.ipynb #9fd46f16
 def polish(
     search: Search,
@@ -506,9 +492,8 @@ def polish(
     "Rank the neighbors of the best labels, and theirs if one of them is better."
     for _ in range(rounds):
         known = [id if isinstance(id, tuple) else (id,) for id in ranking.token_id]
-        new = [label for label in near_labels(search, known[:STARTS]) if label not in known]
+        new = [label for label in neighbors(search, known[:STARTS]) if label not in known]
         if not new: break
-        if len(new) > SECOND: new = best_by_look(search, new, SECOND, look_size(search, 1 / 4), turn=search.done)
         best = best_by_look(search, new, STARTS, look_size(search, 1 / 2))
         more, z_more = rank_labels(search.discriminator, best, search.weights)
         better = more.loss[0] < ranking.loss[0]
