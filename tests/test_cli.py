@@ -12,6 +12,7 @@ import matplotlib.figure
 import pytest
 
 from tokenlabel.cli import _parser, main
+from tokenlabel.objective import LossWeights
 
 COMMAND = Path(sys.executable).with_name("tokenlabel")
 
@@ -49,7 +50,8 @@ def optimizer(monkeypatch):
             if isinstance(made, BaseException): raise made
             return made
         monkeypatch.setitem(sys.modules, "tokenlabel.optimize",
-                            SimpleNamespace(label_feature=label_feature, LossWeights=lambda **weights: weights))
+                            SimpleNamespace(label_feature=label_feature, LossWeights=lambda **weights: weights,
+                                            WEIGHTS={"channel": LossWeights(kl=0.5), "direct": LossWeights(kl=0.6)}))
         monkeypatch.setitem(sys.modules, "tokenlabel.lm", SimpleNamespace(load_lm=lambda source, dtype: f"model {source}"))
         return calls
     return put
@@ -67,7 +69,14 @@ def test_label_prints_the_label_and_the_table_and_saves(optimizer, feature_file,
     [call] = calls
     assert call["feature"].texts == ("saw", "drill", "hammer", "wrench", "apple", "cat", "river", "song")
     assert call["lm"] == "model some/model" and call["steps"] == 7
-    assert call["weights"] == {"accuracy": 1., "entropy": .2, "kl": .1}
+    assert call["weights"] == {"accuracy": 1., "entropy": .2, "kl": .1, "end": .01}
+
+
+@pytest.mark.parametrize("discriminator, kl", [("channel", 0.5), ("direct", 0.6)])
+def test_the_weight_of_the_kl_is_the_discriminators_own_unless_it_is_given(discriminator, kl, optimizer, feature_file, tmp_path):
+    calls = optimizer(Result())
+    assert main(["label", str(feature_file), "--out", str(tmp_path / "out"), "--discriminator", discriminator]) == 0
+    assert calls[0]["weights"]["kl"] == kl
 
 
 def test_an_interrupted_search_is_printed_and_saved(optimizer, feature_file, tmp_path, capsys):
@@ -109,7 +118,7 @@ def test_defaults_are_those_of_label_feature():
     options = vars(_parser().parse_args(["label", "some.jsonl"]))
     signature = {name: parameter.default for name, parameter in inspect.signature(label_feature).parameters.items()}
     for name in ("discriminator", "restarts", "steps", "heldout", "seed"): assert options[name] == signature[name], name
-    for name in ("accuracy", "entropy", "kl"): assert options[name] == getattr(signature["weights"], name), name
+    for name in ("accuracy", "entropy", "end"): assert options[name] == getattr(LossWeights(), name), name
 
 
 # errors

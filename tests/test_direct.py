@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenlabel.direct as module
-from tokenlabel.direct import (PAPER_QUESTIONS, QUESTIONS, Question, answer_ids, direct, examples, render,
+from tokenlabel.direct import (FEW, PAPER_QUESTIONS, QUESTIONS, Question, answer_ids, direct, examples, render,
                                split_levels, split_prompt)
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
@@ -98,6 +98,22 @@ def test_bfloat16_stays_near_the_naive_one_in_bfloat16(family):
     slow = torch.stack([naive_logits(lm, CASES["words"][1], one) for one in label])
     assert fast.dtype == torch.float32 and slow.std() > 0.2
     assert close(fast, slow, 0.03)  # two logits of size 2, with 8 bits each
+
+
+@pytest.mark.parametrize("mode", ["words", "texts"])
+@pytest.mark.parametrize("T", [1, 2])
+@torch.no_grad()
+def test_the_end_of_a_label_is_asked_behind_a_few_of_the_prompts(mode, T):
+    lm = make_tiny_lm("llama")
+    feature, prompts = CASES[mode]
+    judge, label = direct(lm, tokenize(feature, lm), ASK[mode]), soft_labels(lm, 2, 3, T)
+    few = [before for before, *_ in prompts][::max(1, len(prompts) // FEW)][:FEW]
+    expected = []
+    for one in label:
+        starts = [lm.model.get_input_embeddings()(torch.tensor(lm.encode_start(before))) for before in few]
+        last = [lm.model(inputs_embeds=torch.cat([start, one])[None], use_cache=False).logits[0, -1] for start in starts]
+        expected.append(torch.stack([x.log_softmax(-1)[judge.after[0]] for x in last]).mean())
+    assert close(judge.log_end(label), torch.stack(expected))
 
 
 @given(family=st.sampled_from(FAMILIES), lengths=st.lists(st.integers(1, 30), min_size=2, max_size=9),

@@ -55,7 +55,7 @@ def test_a_better_wrong_label_is_named_only_if_the_evaluator_knows_the_right_one
 def test_the_sentence_says_whether_the_fit_or_the_kl_decided():
     right = row(" mammal", True, 0.2, 0.9, 0.8)
     assert "fits better" in decide(pd.DataFrame([row(" animal", False, 0.1, 0.99, 0.95), right]))[1]
-    assert "KL is lower" in decide(pd.DataFrame([row(" animal", False, 0.1, 0.85, 0.75), right]))[1]
+    assert "expects it more" in decide(pd.DataFrame([row(" animal", False, 0.1, 0.85, 0.75), right]))[1]
 
 
 def test_the_right_label_with_the_lowest_loss_counts_not_the_one_with_the_best_auroc():
@@ -71,7 +71,7 @@ def test_the_right_label_with_the_lowest_loss_counts_not_the_one_with_the_best_a
 def test_the_label_that_made_the_feature_is_never_called_unfit(family, discriminator):
     lm = make_tiny_lm(family)
     check = check_evaluator(feature_of(lm, MAKE[discriminator]), lm, ["a"], discriminator=discriminator,
-                            weights=LossWeights(kl=0), distractors=[])
+                            weights=LossWeights(kl=0, end=0), distractors=[])
     made = check.table[check.table.label == lm.token(spellings("a", lm)[0])].iloc[0]
     assert made.auroc == made.low == 1 and made.is_right
     assert check.verdict != "cannot"  # with random weights another label may happen to have a lower loss
@@ -86,7 +86,7 @@ def test_a_feature_without_a_rule_cannot(llama, discriminator):
 
 def test_the_label_that_made_the_feature_is_preferred_to_one_handed_in(llama):
     feature = feature_of(llama)
-    check = check_evaluator(feature, llama, ["e"], weights=LossWeights(kl=0), distractors=["a"])
+    check = check_evaluator(feature, llama, ["e"], weights=LossWeights(kl=0, end=0), distractors=["a"])
     assert check.table.label[0].strip().casefold() == "a" and not check.table.is_right[0]
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,8 @@ from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_kl, has_collapsed, label_feature,
-                                 neighbors, rank_labels, schedule, spelled, top_labels)
+from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_end, hard_kl, hard_loss,
+                                 has_collapsed, label_feature, neighbors, rank_labels, schedule, spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -343,14 +344,15 @@ def test_a_step_is_one_of_adam_on_the_objective(label_tokens):
         assert torch.allclose(search.log_p(tau), log_softlabel(v, tau, lm.admissible), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(entropy=0.0, kl=0.0), LossWeights(kl=1.0, active=0.2)])
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(entropy=0.0, kl=0.0, end=0.0), LossWeights(kl=1.0, active=0.2)])
 def test_other_weights_work(weights):
     result = run(weights=weights, steps=4)
     assert np.isfinite(result.ranking[["loss", "accuracy_loss", "kl"]].to_numpy()).all()
-    expected = weights.accuracy * result.ranking.accuracy_loss + weights.kl * result.ranking.kl
+    expected = (weights.accuracy * result.ranking.accuracy_loss + weights.kl * result.ranking.kl
+                + weights.end * result.ranking.end)
     assert np.allclose(result.ranking.loss, expected, atol=1e-5) and result.ranking.loss.is_monotonic_increasing
     assert result.settings["weights"] == dict(accuracy=weights.accuracy, entropy=weights.entropy, kl=weights.kl,
-                                              active=weights.active)
+                                              active=weights.active, end=weights.end)
 
 
 def test_graded_activations_count_as_what_they_are():
@@ -394,12 +396,12 @@ def test_texts_that_are_active_all_over_are_no_obstacle():
 def test_the_ranking_is_the_objective_in_order(result):
     ranking, weights = result.ranking, LossWeights()
     assert ranking.loss.is_monotonic_increasing and list(ranking.index) == list(range(len(ranking)))
-    assert np.allclose(ranking.loss, weights.accuracy * ranking.accuracy_loss + weights.kl * ranking.kl, atol=1e-5)
+    assert np.allclose(ranking.loss, hard_loss(ranking.accuracy_loss, ranking.kl, ranking.end, weights), atol=1e-5)
     assert ranking.token_id.is_unique and result.label == ranking.label[0]
     lm = make_tiny_lm("llama")
     for row in ranking.itertuples(): assert (row.label, row.token) == (lm.token(row.token_id), lm.show(row.token_id))
     assert ranking.restart.isin([0, 1]).all() and (ranking.step >= 0).all() and (ranking.step <= 12).all()
-    assert result.soft["loss_gap"] == pytest.approx(ranking.loss[0] - result.soft["loss"])
+    assert result.soft["loss_gap"] == pytest.approx(ranking.loss[0] - weights.end * ranking.end[0] - result.soft["loss"])
 
 
 def test_the_ranking_equals_a_naive_score_of_each_label_alone(result):
@@ -415,8 +417,9 @@ def test_the_ranking_equals_a_naive_score_of_each_label_alone(result):
 
         accuracy = minimize_scalar(loss).fun
         kl = -float(torch.stack([p.log_prior for p in judge.prompts]).mean(0)[row.token_id])
-        assert (row.accuracy_loss, row.kl) == pytest.approx((accuracy, kl), abs=1e-4)
-        assert row.loss == pytest.approx(weights.accuracy * accuracy + weights.kl * kl, abs=1e-4)
+        end = -float(torch.stack([whole_log_end(lm, p, [row.token_id]) for p in judge.prompts]).mean())
+        assert (row.accuracy_loss, row.kl, row.end) == pytest.approx((accuracy, kl, end), abs=1e-4)
+        assert row.loss == pytest.approx(weights.accuracy * accuracy + weights.kl * kl + weights.end * end, abs=1e-4)
         for name, units in (("auroc_fit", fit), ("auroc_heldout", ~fit)):
             ordered = (z[units & (a == 1)][:, None] > z[units & (a == 0)]).double().mean()
             assert getattr(row, name) == pytest.approx(ordered.item(), abs=0.02)
@@ -587,7 +590,7 @@ def test_the_result_says_how_it_was_made():
     result = run(seed=3, steps=4, lr=0.25, prompts=["Some {label}:"], batch_size=6, temperature=(2.0, 0.5))
     expected = dict(discriminator="channel", restarts=2, steps=4, lr=0.25, prompts=["Some {label}:"], batch_size=6,
                     temperature=[2.0, 0.5], heldout=0.3, seed=3, weights=dict(accuracy=1.0, entropy=0.2,
-                    kl=LossWeights().kl, active=0.5))
+                    kl=LossWeights().kl, active=0.5, end=LossWeights().end))
     assert expected.items() <= result.settings.items() and result.settings["lm"]
     json.dumps(result.settings)
     assert result.seconds > 0
@@ -746,16 +749,26 @@ def whole_log_prob(lm, prompt, label):
     return sum(logits[len(prompt.before) - 1 + t, id] for t, id in enumerate(label))
 
 
+def whole_log_end(lm, prompt, label):
+    "Log-probability that a prompt goes on behind a label, from one full forward pass."
+    logits = lm.model(torch.tensor([[*prompt.before, *label, *prompt.after]])).logits[0].float()
+    return logits[len(prompt.before) + len(label) - 1].log_softmax(-1)[prompt.after[0]]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
-def test_the_kl_of_a_long_label_is_minus_its_log_probability(family):
+def test_the_kl_of_a_long_label_is_minus_its_log_probability_and_its_end_that_of_what_follows(family):
     lm = make_tiny_lm(family)
     judge = channel(lm, tokenize(WORDS, lm))
     labels = lm.admissible.nonzero()[:, 0][torch.randint(100, (7, 3), generator=torch.Generator().manual_seed(0))]
-    expected = [-sum(whole_log_prob(lm, p, label) for p in judge.prompts) / len(judge.prompts) for label in labels.tolist()]
-    assert hard_kl(judge, labels).tolist() == pytest.approx(torch.stack(expected).tolist(), abs=1e-3)
+    mean = lambda log_p: torch.stack([torch.stack([-log_p(p, label) for p in judge.prompts]).mean() for label in labels.tolist()])
+    expected, end = mean(partial(whole_log_prob, lm)), mean(partial(whole_log_end, lm))
+    assert hard_kl(judge, labels).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert hard_end(judge, labels).tolist() == pytest.approx(end.tolist(), abs=1e-3)
+    alone = torch.stack([-whole_log_end(lm, judge.prompts[1], label) for label in labels.tolist()])
+    assert hard_end(judge, labels, turn=1).tolist() == pytest.approx(alone.tolist(), abs=1e-3)
     z, log_prior = judge.read(lm.embed(labels), judge.batch())
-    assert -log_prior.gather(2, labels[:, :, None]).sum((1, 2)) == pytest.approx(torch.stack(expected), abs=1e-3)
+    assert -log_prior.gather(2, labels[:, :, None]).sum((1, 2)) == pytest.approx(expected, abs=1e-3)
     assert torch.allclose(z, judge.hard_logits(labels, judge.batch()), atol=1e-3)
 
 

@@ -52,7 +52,7 @@ def test_every_loss_is_that_of_the_label_scored_by_itself(name, family):
     table = ask(FEATURES[name], family, top=None).ranking.set_index("token_id")
     expected = by_hand(FEATURES[name], family)
     assert table.exact.all() and set(table.index) == set(expected.index)
-    for column in ("loss", "accuracy_loss", "kl"):
+    for column in ("loss", "accuracy_loss", "kl", "end"):
         np.testing.assert_allclose(table[column], expected[column][table.index], atol=1e-4, rtol=0)
     assert table.loss.is_monotonic_increasing
 

@@ -26,11 +26,13 @@ def _label(options) -> int:
         raise ValueError(f"{out} holds files that are not a saved result; give a new or empty folder with --out")
     feature = Feature.from_jsonl(options.feature)   # before the model: a mistake in the file shows at once
     from tokenlabel.lm import load_lm
-    from tokenlabel.optimize import LossWeights, label_feature
+    from tokenlabel.optimize import WEIGHTS, LossWeights, label_feature
     from tokenlabel.plot import save_figure
+    usual = WEIGHTS.get(options.discriminator, LossWeights())
     result = label_feature(
         feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator,
-        weights=LossWeights(accuracy=options.accuracy, entropy=options.entropy, kl=options.kl),
+        weights=LossWeights(accuracy=options.accuracy, entropy=options.entropy, end=options.end,
+                            kl=usual.kl if options.kl is None else options.kl),
         restarts=options.restarts, steps=options.steps, heldout=options.heldout, seed=options.seed)
     print(result)
     result.save(out)
@@ -156,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     setting("steps", 50, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
-    setting("kl", .03, "weight of the label's divergence from what the model expects")
+    label.add_argument("--kl", type=float, metavar="FLOAT",
+                       help="weight of the label's divergence from what the model expects (default: 0.03, direct 0.01)")
+    setting("end", .01, "weight of how unlikely it is that the label ends where it does")
     setting("heldout", .3, "share of the words that are kept for scoring")
     setting("seed", 0, "same seed, same result")
 

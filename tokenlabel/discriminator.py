@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'SMALL', 'BLOCK', 'EXPECTED_LABELS', 'CONTINUED', 'POSITIONS', 'Prompt', 'read_prompt', 'next_log_prior',
-           'Packing', 'pack', 'forward_rows', 'attention', 'attention_mask', 'token_log_probs', 'predict',
-           'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel',
+           'next_log_prob', 'Packing', 'pack', 'forward_rows', 'attention', 'attention_mask', 'token_log_probs',
+           'predict', 'marginal_log_probs', 'in_chunks', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel',
            'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 import torch
@@ -65,6 +65,16 @@ def next_log_prior(
 ) -> Tensor:  # [..., V], float32
     "Log-probabilities of what comes next, over the tokens that may be in a label."
     return lm.logits(hidden).float().masked_fill(~lm.admissible, EXCLUDED).log_softmax(-1)
+
+
+def next_log_prob(
+    lm: LM,
+    hidden: Tensor,  # [..., d], last hidden states
+    id: int,
+) -> Tensor:  # [...], float32
+    "Log-probability that this token comes next."
+    logits = lm.logits(hidden).float()
+    return logits[..., id] - logits.logsumexp(-1)
 
 # %% ../nbs/04_discriminator.ipynb #1e6e9900
 @dataclass(frozen=True, eq=False)
@@ -348,9 +358,16 @@ class Channel:
         label: Tensor,  # [B, t, d], the first t tokens of B labels
     ) -> Tensor:  # [B, V], mean over prompts
         "Log-probabilities of the label's next token."
-        alone = pack([(0,)])  # no position behind the prompt
-        hidden = [forward_rows(self.lm, prompt, label, alone)[:, 0, label.shape[1] - 1] for prompt in self.prompts]
-        return torch.stack([next_log_prior(self.lm, last) for last in hidden]).mean(0)
+        return torch.stack([next_log_prior(self.lm, last) for last in _behind(self, label).values()]).mean(0)
+
+    def log_end(
+        self,
+        label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
+        turn: int | None = None,  # as in `logits`
+    ) -> Tensor:  # [B], mean over prompts
+        "Log-probability that the prompt goes on behind the label: that the label ends there."
+        last = _behind(self, label, turn)
+        return torch.stack([next_log_prob(self.lm, last[i], self.prompts[i].after[0]) for i in last]).mean(0)
 
     @torch.no_grad()
     def hard_logits(
@@ -366,6 +383,13 @@ class Channel:
 
 def _chosen(channel: Channel, turn: int | None) -> Sequence[int]:
     return range(len(channel.prompts)) if turn is None else [turn % len(channel.prompts)]
+
+
+def _behind(channel: Channel, label: Tensor, turn: int | None = None) -> dict[int, Tensor]:  # prompt -> [B, d]
+    "Last hidden states at the label's last token."
+    alone = pack([(0,)])  # no position behind the label
+    return {i: forward_rows(channel.lm, replace(channel.prompts[i], after=()), label, alone)[:, 0, -1]
+            for i in _chosen(channel, turn)}
 
 
 def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:

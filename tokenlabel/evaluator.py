@@ -20,7 +20,7 @@ from .discriminator import Channel
 from .feature import ACTIVE, Feature, tokenize
 from .lm import LM
 from .objective import LossWeights
-from .optimize import DISCRIMINATORS, Search, draw_items, rank_labels
+from .optimize import DISCRIMINATORS, WEIGHTS, Search, draw_items, rank_labels
 from .score import score
 
 # %% ../nbs/06b_evaluator.ipynb #17985296
@@ -84,7 +84,7 @@ def decide(
     wrong = table[~table.is_right].iloc[0]
     if first.is_right: return "can", (f"The evaluator can label this feature: {found}, and the lowest loss, "
                                       f"{right.loss:.3f}. {wrong.label!r} comes next with {wrong.loss:.3f}.")
-    why = "though it fits worse: its KL is lower" if first.accuracy_loss > right.accuracy_loss else "as it fits better"
+    why = "though it fits worse: the model expects it more" if first.accuracy_loss > right.accuracy_loss else "as it fits better"
     return "prefers another", (f"The evaluator can find this feature, but the objective prefers another label: "
                                f"{found}, and {first.label!r} has the lower loss, {first.loss:.3f} against "
                                f"{right.loss:.3f}, {why}. A run is likely to end there.")
@@ -126,7 +126,7 @@ def check_evaluator(
     *,
     discriminator: str = "channel",  # "channel" or "direct"
     prompts: Sequence[str] | Question | None = None,  # as in `label_feature`
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,  # as in `label_feature`
     distractors: Sequence[str] = DISTRACTORS,  # wrong labels, each in its first spelling; no single token: not tried
     most: int | None = None,  # words or texts to look at; left out: `MOST` of the feature's mode
     seed: int = 0,  # of the sample and of the intervals
@@ -138,6 +138,7 @@ def check_evaluator(
     if discriminator not in DISCRIMINATORS:
         raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
     right, left_out = right_labels(labels, lm)
+    weights = weights or WEIGHTS[discriminator]
     if weights.active is None: weights = replace(weights, active=float(tokenize(feature, lm).activation.mean()))
     tokens = tokenize(sample_items(feature, MOST[feature.mode] if most is None else most, seed), lm)
     judge = DISCRIMINATORS[discriminator](lm, tokens, prompts)
@@ -150,7 +151,7 @@ def check_evaluator(
     table = pd.DataFrame({
         "label": table.label, "token": table.token,
         "is_right": [label.strip().casefold() in known for label in table.label],
-        **{name: table[name] for name in ("accuracy_loss", "kl", "loss")},
+        **{name: table[name] for name in ("accuracy_loss", "kl", "end", "loss")},
         **{name: [s[column]["auroc"] for s in scores] for name, column in
            {"auroc": "value", "low": "low", "high": "high"}.items()},
         "balanced_accuracy": [s.value["balanced_accuracy"] for s in scores]})

@@ -378,7 +378,7 @@ class LM:
 
     def embed(self, ids) -> Tensor:
         "What the model's first layer gets for these ids, to be used as `inputs_embeds`. [...] to [..., d]"
-        return self.embedding[torch.as_tensor(ids, device=self.device)] * self.embed_scale
+        return self.embedding[torch.as_tensor(ids, dtype=torch.long, device=self.device)] * self.embed_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         "The model's logits for last hidden states. [..., d] to [..., V]"

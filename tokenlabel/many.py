@@ -34,7 +34,7 @@ from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (Asked, LabelResult, Search, _check_settings, conclude, has_collapsed, label_feature,
+from .optimize import (WEIGHTS, Asked, LabelResult, Search, _check_settings, conclude, has_collapsed, label_feature,
                                  new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
@@ -267,7 +267,7 @@ def settings_of(lm: LM, options: dict) -> dict:
     call.apply_defaults()
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     settings = {name: plain(value) for name, value in call.arguments.items() if name not in ("feature", "progress")}
-    settings |= dict(lm=lm.name, weights=asdict(settings["weights"]))
+    settings |= dict(lm=lm.name, weights=asdict(settings["weights"] or WEIGHTS["channel"]))
     _check_settings(settings)
     if settings["discriminator"] != "channel":
         raise ValueError("only the channel discriminator labels many features at once")
@@ -301,9 +301,8 @@ def _by_kind(waiting: list) -> dict:
 
 def _begin(begun: tuple, known: dict) -> Live:
     tokens, settings, options = begun
-    weights = options.get("weights", signature(label_feature).parameters["weights"].default)
     judge = shared_channel(known[_kind(begun)], tokens)
-    return Live(new_search(judge, settings, weights), [], settings, time.perf_counter())
+    return Live(new_search(judge, settings, options.get("weights") or WEIGHTS["channel"]), [], settings, time.perf_counter())
 
 # %% ../nbs/06c_many.ipynb #ebdd73c6
 class Lost(RuntimeError):

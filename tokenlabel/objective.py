@@ -28,9 +28,10 @@ class LossWeights:
     entropy: float = 0.2
     kl: float = 0.03
     active: float | None = 0.5  # weight of the active class in the accuracy loss; None: each unit counts the same
+    end: float = 0.01  # that a label is likely to end where it does; a mixture is not asked
 
     def __post_init__(self):
-        for name in ("accuracy", "entropy", "kl"):
+        for name in ("accuracy", "entropy", "kl", "end"):
             if not getattr(self, name) >= 0: raise ValueError(f"weight {name}={getattr(self, name)} is negative")
         if self.active is not None and not 0 < self.active < 1:
             raise ValueError(f"active={self.active} is not between 0 and 1")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Label', 'GAP_EVERY', 'SURE', 'MOST', 'SECOND', 'LEAST', 'FRONT', 'FIRST_STEPS', 'STEMS', 'STARTS', 'SHOWN', 'TABLES',
-           'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots', 'draw_items', 'praised',
-           'replaced', 'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'score_labels', 'hard_kl',
-           'fit_logits', 'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors',
-           'polish', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html',
-           'save_result', 'load_result', 'label_feature', 'new_search', 'conclude', 'label_length']
+           'DISCRIMINATORS', 'WEIGHTS', 'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots', 'draw_items',
+           'praised', 'replaced', 'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'Scores', 'hard_loss',
+           'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'look_size', 'best_by_look', 'shortlist', 'rank_labels',
+           'extensions', 'grow', 'neighbors', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide',
+           'result_headline', 'result_text', 'result_html', 'save_result', 'load_result', 'label_feature', 'new_search',
+           'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -296,6 +297,24 @@ def has_collapsed(
         row["probabilities"][0] > SURE and abs(row["hard_accuracy_loss"] - row["accuracy_loss"]) < gap for row in last)
 
 # %% ../nbs/06_optimize.ipynb #5efb2a99
+class Scores(NamedTuple):
+    "Losses of hard labels, in nats."
+    accuracy: Tensor  # [C]
+    kl: Tensor  # [C], minus the log-probability that the LM gives to the label at its slot
+    end: Tensor  # [C], minus the log-probability that the label ends there
+    z: Tensor  # [C, U], logits with bias
+
+
+def hard_loss(
+    accuracy: Tensor,  # [C], as in `Scores`, or bounds
+    kl: Tensor,  # [C]
+    end: Tensor,  # [C]
+    weights: LossWeights,
+) -> Tensor:  # [C]
+    "The objective of hard labels, whose entropy is 0."
+    return weights.accuracy * accuracy + weights.kl * kl + weights.end * end
+
+
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
@@ -303,11 +322,11 @@ def score_labels(
     weights: LossWeights,
     batches: Sequence[Batch | DirectBatch],  # what to score them on
     turn: int | None = None,  # None: through all prompts; else through the one whose turn it is
-) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss [C], KL [C], logits with bias [C, units of the batches]
+) -> Scores:
     "Losses of hard labels, on the units of the batches that are not held out."
     z = torch.cat([discriminator.hard_logits(labels, batch, turn) for batch in batches], 1)
     accuracy, z = fit_logits(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
-    return accuracy, hard_kl(discriminator, labels), z
+    return Scores(accuracy, hard_kl(discriminator, labels), hard_end(discriminator, labels, turn), z)
 
 
 @torch.no_grad()
@@ -324,6 +343,16 @@ def hard_kl(
             here = ((place >= start) & (place < start + 32)).nonzero()[:, 0]
             log_p = log_p.index_add(0, here, log_prior[place[here] - start, labels[here, t]])
     return -log_p
+
+
+@torch.no_grad()
+def hard_end(
+    discriminator: Channel | Direct,
+    labels: Tensor,  # long [C, T], token ids
+    turn: int | None = None,  # as in `score_labels`
+) -> Tensor:  # [C], in nats
+    "Minus the log-probability that a label ends where its slot ends."
+    return -torch.cat([discriminator.log_end(discriminator.lm.embed(part), turn) for part in labels.split(32)])
 
 
 def fit_logits(
@@ -363,8 +392,8 @@ def best_by_look(
 ) -> list[Label]:  # best first
     "The `keep` labels with the lowest losses on some data drawn anew."
     ids = torch.tensor(labels, device=search.v.device)
-    accuracy, kl, _ = score_labels(search.discriminator, ids, search.weights, [search.draw(size)], turn)
-    loss = search.weights.accuracy * accuracy + search.weights.kl * kl
+    *parts, _ = score_labels(search.discriminator, ids, search.weights, [search.draw(size)], turn)
+    loss = hard_loss(*parts, search.weights)
     return [labels[i] for i in loss.topk(min(keep, len(labels)), largest=False).indices.tolist()]
 
 
@@ -393,18 +422,18 @@ def rank_labels(
     """Rank labels by the objective, on the units that are not held out.
 
     Columns: token_id (a tuple of them for labels of several tokens), label (exact text), token (for people), loss,
-    accuracy_loss, kl; accuracy_heldout (the accuracy loss there), auroc_fit and auroc_heldout (NaN if nothing is held
-    out).
+    accuracy_loss, kl, end; accuracy_heldout (the accuracy loss there), auroc_fit and auroc_heldout (NaN if nothing is
+    held out).
     """
     lm, tokens = discriminator.lm, discriminator.tokens
     ids = torch.as_tensor(labels, device=lm.device).reshape(len(labels), -1)
-    accuracy, kl, z = score_labels(discriminator, ids, weights, discriminator.batches())
-    loss = weights.accuracy * accuracy + weights.kl * kl
+    *parts, z = score_labels(discriminator, ids, weights, discriminator.batches())
+    accuracy, kl, end = (part.tolist() for part in parts)
     rows = list(map(tuple, ids.tolist()))
     table = pd.DataFrame({
         "token_id": [row if len(row) > 1 else row[0] for row in rows],
         "label": ["".join(map(lm.token, row)) for row in rows], "token": ["".join(map(lm.show, row)) for row in rows],
-        "loss": loss.tolist(), "accuracy_loss": accuracy.tolist(), "kl": kl.tolist(),
+        "loss": hard_loss(*parts, weights).tolist(), "accuracy_loss": accuracy, "kl": kl, "end": end,
         "accuracy_heldout": _heldout_loss(z, tokens, weights, discriminator.scaled),
         "auroc_fit": [_auroc(row, tokens.activation, ~tokens.heldout) for row in z],
         "auroc_heldout": [_auroc(row, tokens.activation, tokens.heldout) for row in z]})
@@ -536,8 +565,8 @@ class LabelResult:
     def _repr_html_(self) -> str: return result_html(self)
 
 # %% ../nbs/06_optimize.ipynb #607f516c
-SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "auroc_fit": "AUROC fit",
-         "auroc_heldout": "AUROC held out"}
+SHOWN = {"token": "label", "loss": "loss", "accuracy_loss": "accuracy loss", "kl": "KL", "end": "end",
+         "auroc_fit": "AUROC fit", "auroc_heldout": "AUROC held out"}
 
 
 def ranking_head(result: LabelResult, rows: int = 10) -> pd.DataFrame:
@@ -621,6 +650,7 @@ def load_result(folder: Path) -> LabelResult:
 
 # %% ../nbs/06_optimize.ipynb #fe437679
 DISCRIMINATORS = {"channel": channel, "direct": direct}
+WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # that suit their logits
 
 
 def label_feature(
@@ -628,7 +658,7 @@ def label_feature(
     lm: LM,
     discriminator: str = "channel",  # how the LM judges a label: "channel" or "direct"
     *,
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,  # left out: those of `WEIGHTS`
     prompts: Sequence[str] | Question | None = None,  # for "channel" with {label} in each; for "direct" a question
     label_tokens: int | str = 1,  # T, tokens in a label; "auto": as many as pay, see `label_length`
     restarts: int = 2,  # independent searches, run as one batch
@@ -649,7 +679,7 @@ def label_feature(
 
     The method of Schulz & Fallows (2025), with annealed temperature and entropy and a discrete ranking at the end. The
     paper's own runs are direct, with `restarts=1, temperature=(1, 1), ramp=(1, 1), init=(0, 1), weight_decay=0.01`,
-    uncalibrated, and `LossWeights(active=None)`.
+    uncalibrated, and `LossWeights(end=0, active=None)`.
     Raises ValueError for settings or data that cannot work.
     """
     if label_tokens == "auto":
@@ -657,6 +687,7 @@ def label_feature(
         return label_length(feature, lm, **options)[0]
     if discriminator not in DISCRIMINATORS:
         raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
+    weights = weights or WEIGHTS[discriminator]
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), label_tokens=label_tokens,
                     restarts=restarts, steps=steps, lr=lr, temperature=list(temperature), ramp=list(ramp),
                     init=list(init), weight_decay=weight_decay, calibrated=calibrated, batch_size=batch_size,
@@ -705,7 +736,7 @@ def conclude(
     if not interrupted: ranking, z_hard = polish(search, ranking, z_hard)
     ranking[["step", "restart"]] = [search.met[id if isinstance(id, tuple) else (id,)] for id in ranking.token_id]
     soft, z_soft = _score_soft(search, rows)
-    soft["loss_gap"] = float(ranking.loss[0] - soft["loss"])
+    soft["loss_gap"] = float(ranking.loss[0] - weights.end * ranking.end[0] - soft["loss"])  # a mixture has no end
     scores = _score_heldout(judge, z_hard[0], z_soft, seed)
     return LabelResult(ranking.label[0], feature, ranking, scores, pd.DataFrame(rows), soft, settings, interrupted,
                        time.perf_counter() - start)

@@ -25,7 +25,7 @@ from .evaluator import EvaluatorCheck, right_labels
 from .feature import Feature, tokenize
 from .lm import LM
 from .objective import LossWeights
-from .optimize import DISCRIMINATORS, LabelResult, rank_labels
+from .optimize import DISCRIMINATORS, WEIGHTS, LabelResult, rank_labels
 from .plot import plot_summary, save_figure
 
 # %% ../nbs/11b_paper.ipynb #10fb779d
@@ -48,7 +48,7 @@ class Preset:
         return dict(discriminator="direct", prompts=self.question, restarts=1, lr=self.lr, batch_size=self.batch_size,
                     steps=self.epochs * ceil(units / self.batch_size), temperature=(1.0, 1.0), ramp=(1.0, 1.0),
                     init=(0.0, 1.0), weight_decay=0.01, calibrated=False,
-                    weights=LossWeights(entropy=self.entropy, kl=self.kl, active=None))
+                    weights=LossWeights(entropy=self.entropy, kl=self.kl, end=0.0, active=None))
 
 
 PAPER = {
@@ -77,7 +77,7 @@ def preset_options(
 ) -> dict[str, Any]:
     "Arguments for `label_feature`."
     check_preset(experiment, preset)
-    options = {"weights": LossWeights(), "heldout": heldout} | (QUICK if quick else {})
+    options = {"weights": WEIGHTS[changes.get("discriminator") or "channel"], "heldout": heldout} | (QUICK if quick else {})
     if preset == "paper":
         units = ceil((1 - heldout) * len(tokenize(feature, lm).activation))
         options = {"heldout": heldout} | PAPER[experiment].options(units) | (QUICK if quick else {})

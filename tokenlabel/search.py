@@ -41,8 +41,9 @@ from .feature import ACTIVE, Feature, tokenize
 from .lm import LM
 from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_weights, cross_entropy
 from .objective import kl_divergence
-from .optimize import (DISCRIMINATORS, SHOWN, STARTS, LabelResult, Search, best_by_look, draw_items,
-                                 fit_logits, has_collapsed, initial_v, look_size, neighbors, rank_labels, shortlist)
+from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, Search, best_by_look,
+                                 draw_items, fit_logits, hard_end, hard_loss, has_collapsed, initial_v, look_size,
+                                 neighbors, rank_labels, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -147,12 +148,13 @@ def settle(
     ids: Tensor,  # long [C], labels
     best: list[float],  # the lowest losses so far, sorted; gets new ones
     top: int | None,  # how many of them matter; None: all labels are computed to the end
-) -> tuple[Tensor, Tensor]:  # accuracy loss [C], exact or a lower bound; bool [C], whether it is exact
+) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss and end, [C] each, exact or lower bounds; bool [C], which are exact
     "Compute the loss of each label, or so much of it that it cannot be among the first `top`."
     tokens, fit = judge.tokens, (~judge.tokens.heldout).nonzero()[:, 0]
     z = torch.zeros(len(ids), len(tokens.activation))
-    accuracy, exact, kl = torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool), -judge.log_prior[ids].cpu()
-    loss = lambda rows: weights.accuracy * accuracy[rows] + weights.kl * kl[rows]
+    accuracy, end, exact = torch.zeros(len(ids)), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool)
+    kl = -judge.log_prior[ids].cpu()
+    loss = lambda rows: hard_loss(accuracy[rows], kl[rows], end[rows], weights)
 
     def do(n: int, rows: Tensor) -> Tensor:
         "Stage n of the rows that are not out; gives those rows."
@@ -169,9 +171,10 @@ def settle(
     rows = do(0, torch.arange(len(ids)))
     for group in rows[loss(rows).argsort()].split(GROUP):
         for n in range(1, len(stages)): group = do(n, group)
-        exact[group] = True
+        if not len(group): continue
+        end[group], exact[group] = hard_end(judge, ids[group, None]).cpu(), True
         if top is not None: best[:] = sorted(best + loss(group).tolist())[:top]
-    return accuracy, exact
+    return accuracy, end, exact
 
 # %% ../nbs/07_search.ipynb #61f27a3e
 @dataclass(frozen=True, eq=False, repr=False)
@@ -235,7 +238,8 @@ def load_oracle(folder: Path) -> Oracle:
 @dataclass
 class Progress:
     "How far an oracle is."
-    accuracy: np.ndarray  # float32 [C], of the labels in the order of their KL; 0 where none is known yet
+    accuracy: np.ndarray  # float32 [C], of the labels, most expected first; 0 where none is known yet
+    end: np.ndarray  # float32 [C]; 0 where it is not known yet
     exact: np.ndarray  # bool [C]
     done: int = 0  # labels that are settled
     positions: int = 0
@@ -254,12 +258,12 @@ def write_progress(progress: Progress, file: Path) -> None:
 
 def read_progress(file: Path | None, labels: int) -> Progress:
     "What was written, or a beginning if there is nothing that can be read."
-    fresh = Progress(np.zeros(labels, np.float32), np.zeros(labels, bool))
+    fresh = Progress(np.zeros(labels, np.float32), np.zeros(labels, np.float32), np.zeros(labels, bool))
     if file is None or not file.exists(): return fresh
     try:
         with np.load(file) as kept:
             numbers = (kept[name].item() for name in ("done", "positions", "seconds"))
-            return Progress(kept["accuracy"], kept["exact"], *numbers)
+            return Progress(kept["accuracy"], kept["end"], kept["exact"], *numbers)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         warnings.warn(f"starting again: {file} cannot be read: {error!r}")
         return fresh
@@ -291,7 +295,7 @@ def oracle(
     lm: LM,
     discriminator: str = "channel",  # "channel" or "direct"
     *,
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,  # as in `label_feature`
     prompts: Sequence[str] | Question | None = None,  # as in `label_feature`
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # of what is held out
@@ -306,6 +310,7 @@ def oracle(
     if top is not None and top < 1: raise ValueError(f"top={top} is not positive")
     if labels is not None and not isinstance(labels, (int, str)):
         labels = [label if isinstance(label, str) else int(label) for label in labels]
+    weights = weights or WEIGHTS[discriminator]
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), heldout=heldout, seed=seed)
     key = settings | dict(what="oracle", lm=lm, feature=feature, prompts=prompts, labels=labels, top=top)
     entry = None if runs is None else cache_entry(key, runs)
@@ -334,8 +339,7 @@ def _go_on(judge: Channel | Direct, weights: LossWeights, ids: Tensor, top: int 
     stages, state = make_stages(judge), read_progress(file, len(ids))
     kl = -judge.log_prior[ids].cpu().numpy()
     before, start = (state.positions, state.seconds), time.perf_counter()
-    loss = lambda: weights.accuracy * state.accuracy[state.exact] + weights.kl * kl[state.exact]
-    best = [] if top is None else sorted(loss().tolist())[:top]
+    best = [] if top is None else sorted(hard_loss(state.accuracy, kl, state.end, weights)[state.exact].tolist())[:top]
     with tqdm(total=len(ids), initial=state.done, disable=not progress, unit="label") as bar:
         while state.done < len(ids):
             cut = cut_of(best, top, judge.lm.dtype)
@@ -343,8 +347,8 @@ def _go_on(judge: Channel | Direct, weights: LossWeights, ids: Tensor, top: int 
                 bar.update(len(ids) - state.done)
                 break
             part = slice(state.done, state.done + CHUNK)
-            accuracy, exact = settle(judge, weights, stages, ids[part], best, top)
-            state.accuracy[part], state.exact[part] = accuracy.numpy(), exact.numpy()
+            accuracy, end, exact = settle(judge, weights, stages, ids[part], best, top)
+            state.accuracy[part], state.end[part], state.exact[part] = accuracy.numpy(), end.numpy(), exact.numpy()
             state.done = min(part.stop, len(ids))
             state.positions = before[0] + meter.positions
             state.seconds = before[1] + time.perf_counter() - start
@@ -365,12 +369,12 @@ def _ranking(judge: Channel | Direct, weights: LossWeights, ids: Tensor, state: 
     table = pd.DataFrame({
         "token_id": ids.tolist(), "label": [lm.token(id) for id in ids.tolist()],
         "token": [lm.show(id) for id in ids.tolist()],
-        "loss": weights.accuracy * state.accuracy + weights.kl * kl, "accuracy_loss": state.accuracy, "kl": kl,
+        "loss": hard_loss(state.accuracy, kl, state.end, weights), "accuracy_loss": state.accuracy, "kl": kl, "end": state.end,
         "auroc_fit": math.nan, "auroc_heldout": math.nan, "exact": state.exact})
-    table = table.astype({name: float for name in ("loss", "accuracy_loss", "kl")}).set_index("token_id")
+    table = table.astype({name: float for name in ("loss", "accuracy_loss", "kl", "end")}).set_index("token_id")
     first = table[table.exact].sort_values("loss", kind="stable").index[:top or SCORED]
     ranked = rank_labels(judge, first.tolist(), weights)[0].set_index("token_id")
-    numbers = ["loss", "accuracy_loss", "kl", "auroc_fit", "auroc_heldout"]
+    numbers = ["loss", "accuracy_loss", "kl", "end", "auroc_fit", "auroc_heldout"]
     table.loc[ranked.index, numbers] = ranked[numbers]
     table["place"] = pd.Series(range(len(ranked)), ranked.index).reindex(table.index).fillna(len(ranked))
     table = table.sort_values(["place", "loss"], kind="stable").drop(columns="place")
@@ -479,8 +483,8 @@ class Task:
         if not all(self.lm.admissible[new].tolist()): raise ValueError(f"some of the tokens {new} cannot be labels")
         if new:
             ids_new = torch.tensor(new, device=ids.device)
-            accuracy, _ = settle(self.judge, self.weights, self.stages, ids_new, [], None)
-            loss = self.weights.accuracy * accuracy - self.weights.kl * self.judge.log_prior[ids_new].cpu()
+            accuracy, end, _ = settle(self.judge, self.weights, self.stages, ids_new, [], None)
+            loss = hard_loss(accuracy, -self.judge.log_prior[ids_new].cpu(), end, self.weights)
             self.losses |= zip(new, loss.tolist())
             best = min(new, key=self.losses.get)
             if not self.log or self.losses[best] < self.log[-1]["loss"]:

@@ -89,7 +89,7 @@ class Controls:
 
     @property
     def weights(self) -> LossWeights:
-        return LossWeights(self.accuracy, self.entropy, self.kl)
+        return LossWeights(self.accuracy, self.entropy, self.kl, end=0.0)  # the plane has room for two parts of a loss
 
 # %% ../nbs/10_widgets.ipynb #eec4e78a
 COLDEST, SHARPEST = 0.1, 0.2  # where annealing ends: temperature, weight of the entropy
@@ -178,7 +178,7 @@ class Exploration:
     def look(self, ids: list[int]) -> None:
         "Try single tokens as labels, on all the data."
         if not ids: return
-        accuracy, kl, _ = score_labels(self.judge, torch.tensor(ids, device=self.judge.lm.device)[:, None],
+        accuracy, kl, *_ = score_labels(self.judge, torch.tensor(ids, device=self.judge.lm.device)[:, None],
                                        self.controls.weights, self.judge.batches())
         self.points |= dict(zip(ids, zip(accuracy.tolist(), kl.tolist())))
 
