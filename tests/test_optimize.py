@@ -24,7 +24,7 @@ from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
 from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_end, hard_kl, hard_loss,
-                                 has_collapsed, label_feature, neighbors, rank_labels, schedule, spelled, top_labels)
+                                 has_collapsed, label_feature, neighbors, rank_labels, relatives, schedule, spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -461,6 +461,27 @@ def test_neighbors_have_one_other_token_and_belong_to_the_same_restart(label_tok
     for other in near:
         assert len(other) == label_tokens and sum(a != b for a, b in zip(label, other)) <= 1
         assert spelled(other, lm) and search.met[other][1] == 1
+
+
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_relatives_begin_like_the_label_and_the_most_expected_come_first(label_tokens):
+    lm = make_tiny_lm("llama")
+    search = Search(channel(lm, tokenize(WORDS, lm)), label_tokens=label_tokens)
+    label = tuple(lm.encode(" cats sat"))[-label_tokens:]
+    search.meet([label], 1)
+    found = relatives(search, [label], k=3)
+    stem, prior = lm.token(label[-1]).removesuffix("s"), search.discriminator.log_prior
+    alike = [id for id in prior.argsort(descending=True).tolist() if lm.admissible[id] and lm.token(id).startswith(stem)]
+    expected = [(*label[:-1], id) for id in alike if id != label[-1]][:3]
+    assert found == [other for other in expected if spelled(other, lm)]
+    assert all(search.met[other][1] == 1 for other in found)
+
+
+def test_the_whole_word_is_a_relative_of_its_beginning(lm):
+    search = Search(channel(lm, tokenize(WORDS, lm)))
+    stem, whole = (tuple(lm.encode(text)) for text in (" mamm", " mammals"))
+    search.meet([stem], 0)
+    assert whole in relatives(search, [stem])
 
 
 # --- held-out words ---------------------------------------------------------------------------------------------------

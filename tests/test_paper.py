@@ -6,6 +6,7 @@ from math import ceil
 
 import nbformat
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenlabel import synthetic
 from tokenlabel.cli import main
@@ -152,9 +153,13 @@ def test_the_animals_experiment_runs_and_leaves_figures_and_verdicts(tmp_path):
 
 
 def test_the_papers_preset_runs_on_another_model(tmp_path):
-    "Direct, from noise, with constant weights; two steps tell that all fits together."
-    _, folder = _locate(None)  # Llama-3-8B is not at hand
-    run_experiment("numbers", {"preset": "paper", "lm": str(folder), "seeds": 1, "words": 16, "steps": 2},
+    "Direct, from noise, with constant weights; two steps of a tiny random model tell that all fits together."
+    _, folder = _locate(None)
+    config = AutoConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    for part in AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(folder):
+        part.save_pretrained(tmp_path / "tiny")
+    run_experiment("numbers", {"preset": "paper", "lm": str(tmp_path / "tiny"), "seeds": 1, "words": 16, "steps": 2},
                    figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     [made] = load_verdicts(tmp_path / "figures")
     assert (made.preset, made.discriminator) == ("paper", "direct")
