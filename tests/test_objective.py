@@ -374,7 +374,7 @@ def test_accuracy_of_the_classes_is_counted_on_either_side_of_zero():
     assert on.tolist() == pytest.approx([2 / 3, 1.0]) and off.tolist() == pytest.approx([2 / 3, 0.0])
 
 
-@pytest.mark.parametrize("name", ["accuracy", "entropy", "kl"])
+@pytest.mark.parametrize("name", ["accuracy", "entropy", "kl", "end"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_a_negative_weight_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}="): LossWeights(**{name: value})

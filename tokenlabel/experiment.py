@@ -583,7 +583,9 @@ def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | Non
         return 1, threads or torch.get_num_threads(), "the language model was made in memory: no other process has it"
     if processes: return processes, threads or max(1, cpus // processes), "as asked for"
     if threads: return min(max(1, cpus // threads), processes_in_memory(lm)), threads, "threads as asked for"
-    if jobs == 1: return 1, torch.get_num_threads(), "one run is done before a measurement is"
+    layouts = possible_layouts(cpus, processes_in_memory(lm))
+    if jobs == 1 and not _layout_file(lm, layouts, runs).exists():
+        return 1, torch.get_num_threads(), "one run is done before a measurement would be"
     fastest = fastest_layout(lm, jobs, runs)
     return fastest.processes, fastest.threads, "the fastest, by a measurement that is kept with the results"
 

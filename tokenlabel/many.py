@@ -482,7 +482,7 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
     "What a line says about a feature."
     if isinstance(result, Exception): return dict(name=name, error=f"{type(result).__name__}: {result}")
     best = result.ranking.iloc[0]
-    numbers = {column: float(best[column]) for column in ("loss", "accuracy_loss", "kl", "auroc_fit", "auroc_heldout")}
+    numbers = {column: float(best[column]) for column in ("loss", "accuracy_loss", "kl", "end", "auroc_fit", "auroc_heldout")}
     return dict(name=name, label=result.label, **numbers, seconds=round(result.seconds, 3),
                 ranking=result.ranking.label.head(10).tolist())
 

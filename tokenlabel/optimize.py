@@ -107,7 +107,7 @@ def praised(
     kl: float | Tensor,  # its weight; or one for each label, [B, 1, 1]
     k: int = 8,
 ) -> Tensor:  # long [B, T, k], best first
-    "The tokens that, put into a slot, would give the lowest loss, to first order."
+    "The tokens that, put into a slot, would give the lowest loss, to first order and without the end."
     change = gradient @ lm.embedding.T * lm.embed_scale - kl * log_prior
     return change.masked_fill(~lm.admissible, float("inf")).topk(k, largest=False).indices
 
@@ -417,7 +417,7 @@ def shortlist(
 def rank_labels(
     discriminator: Channel | Direct,
     labels: Sequence[int] | Sequence[Label],  # C single tokens, or C labels of T tokens
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,  # left out: those of `WEIGHTS`
 ) -> tuple[pd.DataFrame, Tensor]:  # C rows, best first; logits with bias [C, U] in the order of the rows
     """Rank labels by the objective, on the units that are not held out.
 
@@ -426,6 +426,7 @@ def rank_labels(
     held out).
     """
     lm, tokens = discriminator.lm, discriminator.tokens
+    weights = weights or WEIGHTS["direct" if isinstance(discriminator, Direct) else "channel"]
     ids = torch.as_tensor(labels, device=lm.device).reshape(len(labels), -1)
     *parts, z = score_labels(discriminator, ids, weights, discriminator.batches())
     accuracy, kl, end = (part.tolist() for part in parts)
@@ -484,7 +485,9 @@ def grow(
     judge = short.discriminator
     expected = judge.log_prior.topk(min(FRONT, int(judge.lm.admissible.sum()))).indices.tolist()
     labels = list(dict.fromkeys([label for label, _ in short.times.most_common(MOST)] + [(id,) for id in expected]))
+    weights = short.weights
     for length in range(1, label_tokens + 1):
+        short.weights = weights if length == label_tokens else replace(weights, end=0.0)  # a stem goes on
         labels = best_by_look(short, labels, 2 * STEMS, look_size(short, 1 / 2), turn=short.done)
         labels = best_by_look(short, labels, STEMS if length < label_tokens else size, look_size(short, 1 / 2))
         if length < label_tokens: labels = extensions(judge, labels)
@@ -520,7 +523,7 @@ def relatives(
     labels: Sequence[Label],  # that the search has met
     k: int = 8,
 ) -> list[Label]:
-    "For each label the k most expected ones whose last token begins like its own, but for a plural's s."
+    "For each label the k others, most expected at the slot first, whose last token begins like its own, less a plural's s."
     lm, log_prior = search.discriminator.lm, search.discriminator.log_prior
     likely = log_prior.topk(min(LIKELY, int(lm.admissible.sum()))).indices.tolist()
     texts = [lm.token(id) for id in likely]
@@ -540,7 +543,7 @@ def polish(
     z: Tensor,
     rounds: int = 2,
 ) -> tuple[pd.DataFrame, Tensor]:  # the same, with more labels
-    "Rank the neighbors of the best labels, and theirs if one of them is better."
+    "Rank neighbors and relatives of the best labels, and theirs if one of them is better."
     for _ in range(rounds):
         known = [id if isinstance(id, tuple) else (id,) for id in ranking.token_id]
         near = neighbors(search, known[:STARTS]) + relatives(search, known[:STARTS])
@@ -564,7 +567,7 @@ class LabelResult:
     heldout: pd.DataFrame  # label ("hard", "soft", "chance"), metric, value, low, high; empty if nothing was held out
     trace: pd.DataFrame  # for each step and restart: schedule, losses, accuracies, the most probable label's own
     # accuracy loss (NaN in steps that did not judge it), ten top tokens and probabilities
-    soft: dict  # the best soft label at the end: restart, loss, accuracy_loss, entropy, kl, and the hard one's loss_gap
+    soft: dict  # the best soft label at the end: restart, loss, accuracy_loss, entropy, kl, and loss_gap: how far the hard label's loss, without its end, is above
     settings: dict  # how the search was made
     interrupted: bool  # whether the user ended it early
     seconds: float  # wall-clock time
@@ -673,7 +676,7 @@ def load_result(folder: Path) -> LabelResult:
 
 # %% ../nbs/06_optimize.ipynb #fe437679
 DISCRIMINATORS = {"channel": channel, "direct": direct}
-WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # that suit their logits
+WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # that suit what the prompts expect of a label
 
 
 def label_feature(

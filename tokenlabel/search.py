@@ -43,7 +43,7 @@ from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_we
 from .objective import kl_divergence
 from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, Search, best_by_look,
                                  draw_items, fit_logits, hard_end, hard_loss, has_collapsed, initial_v, look_size,
-                                 neighbors, rank_labels, shortlist)
+                                 neighbors, rank_labels, relatives, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -171,6 +171,7 @@ def settle(
     rows = do(0, torch.arange(len(ids)))
     for group in rows[loss(rows).argsort()].split(GROUP):
         for n in range(1, len(stages)): group = do(n, group)
+        group = group[loss(group) <= cut_of(best, top, judge.lm.dtype)]
         if not len(group): continue
         end[group], exact[group] = hard_end(judge, ids[group, None]).cpu(), True
         if top is not None: best[:] = sorted(best + loss(group).tolist())[:top]
@@ -512,7 +513,7 @@ Rival = Callable[[Task], Iterator[None]]  # yields after each step, and is left 
 
 # %% ../nbs/07_search.ipynb #63646797
 def flips(task: Task, id: Tensor) -> Tensor:  # long [] to [V]
-    "First-order change of the loss, up to a constant, from a token to each other one; infinite where none is allowed."
+    "First-order change of the loss without its end, up to a constant, from a token to each other one; infinite if not allowed."
     lm, weights = task.lm, task.weights
     label = lm.embed(id[None]).requires_grad_()
     [gradient] = torch.autograd.grad(weights.accuracy * task.accuracy(label).sum(), label)
@@ -594,7 +595,8 @@ def tokenspace(task: Task, steps: int = 50, candidates: int = 6, rounds: int = 2
         losses = task.score(torch.tensor(labels, device=task.lm.device)[:, 0])
         for _ in range(rounds):  # the polish
             starts = [labels[i] for i in losses.argsort(stable=True)[:STARTS]]
-            new = [label for label in neighbors(search, starts) if label not in labels]
+            near = neighbors(search, starts) + relatives(search, starts)
+            new = [label for label in dict.fromkeys(near) if label not in labels]
             if not new: break
             best = best_by_look(search, new, STARTS, look_size(search, 1 / 2))
             more = task.score(torch.tensor(best, device=task.lm.device)[:, 0])
