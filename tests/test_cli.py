@@ -1,5 +1,6 @@
 """The command line: what it prints, what it saves and how it ends."""
 import inspect
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import matplotlib.figure
 import pytest
 
+from tokenlabel import optimize
 from tokenlabel.cli import _parser, main
 from tokenlabel.objective import LossWeights
 
@@ -35,7 +37,8 @@ class Result:
 
     def save(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").touch()
+        names = ["result.json", "feature.jsonl", *(f"{name}.parquet" for name in optimize.TABLES)]
+        for name in names: (folder / name).touch()
 
     def plot(self): return matplotlib.figure.Figure()
 
@@ -51,6 +54,7 @@ def optimizer(monkeypatch):
             return made
         monkeypatch.setitem(sys.modules, "tokenlabel.optimize",
                             SimpleNamespace(label_feature=label_feature, LossWeights=lambda **weights: weights,
+                                            check_folder=optimize.check_folder,
                                             WEIGHTS={"channel": LossWeights(kl=0.5), "direct": LossWeights(kl=0.6)}))
         monkeypatch.setitem(sys.modules, "tokenlabel.lm", SimpleNamespace(load_lm=lambda source, dtype: f"model {source}"))
         return calls
@@ -65,7 +69,7 @@ def test_label_prints_the_label_and_the_table_and_saves(optimizer, feature_file,
     assert main(["label", str(feature_file), *options]) == 0
     printed = capsys.readouterr().out
     assert printed == f"the label and its table\n\nsaved in {tmp_path / 'out'}\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "figure.png", "figure.pdf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} > {"result.json", "figure.png", "figure.pdf"}
     [call] = calls
     assert call["feature"].texts == ("saw", "drill", "hammer", "wrench", "apple", "cat", "river", "song")
     assert call["lm"] == "model some/model" and call["steps"] == 7
@@ -104,8 +108,23 @@ def test_the_result_goes_to_runs_by_default(optimizer, feature_file, tmp_path, m
 def test_a_folder_with_other_files_is_refused_before_the_search(optimizer, feature_file, tmp_path, capsys):
     calls = optimizer(Result())
     assert main(["label", str(feature_file), "--out", str(tmp_path)]) == 2
-    assert "not a saved result" in capsys.readouterr().err
+    assert "something else than a saved result" in capsys.readouterr().err
     assert calls == [] and list(tmp_path.iterdir()) == [feature_file]
+
+
+def test_a_label_that_the_terminal_cannot_show_is_saved_all_the_same(optimizer, feature_file, tmp_path, monkeypatch):
+    class Chinese(Result):
+        def __str__(self): return "猫"
+    optimizer(Chinese())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["label", str(feature_file), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_bad_weight_is_told_before_the_model_is_loaded(feature_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tokenlabel.lm.load_lm", None)
+    assert main(["label", str(feature_file), "--kl", "-1", "--out", str(tmp_path / "out")]) == 2
+    assert "kl=-1" in capsys.readouterr().err
 
 
 def test_a_result_of_before_is_replaced(optimizer, feature_file, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings, strategies as st
 
-from tokenlabel.feature import Feature, Span, draw_types, pieces, tokenize, word_types
+from tokenlabel.feature import Feature, Span, draw_types, occurrences, pieces, tokenize, word_types
 
 quick = settings(max_examples=60, deadline=None)
 activations = st.floats(0, 1)
@@ -195,7 +195,13 @@ def test_a_file_in_another_encoding_is_refused(tmp_path):
 
 def test_pieces_are_words_and_runs_of_punctuation():
     assert [kind for _, _, kind in pieces("Straße?! It's 3.5, 我们。")] == \
-        ["strasse", "?!", "it", "'", "s", "3", ".", "5", ",", "我们", "。"]
+        ["strasse", "?!", "it", "'", "s", "3", ".", "5", ",", "我", "们", "。"]
+    assert [kind for _, _, kind in pieces("हिन्दी cafe\u0301s")] == ["हिन्दी", "cafe\u0301s"]  # marks belong to their letters
+
+
+def test_a_script_without_spaces_has_a_word_for_each_character():
+    cats = Feature.from_texts("cats", ["我喜欢猫", "猫在这里"], [[(3, 4, 1.0)], [(0, 1, 1.0)]])
+    assert sum(active for _, active in occurrences(cats)) == 2 and len(occurrences(cats)) == 8
 
 
 @quick
@@ -304,14 +310,14 @@ def test_tokens_take_the_activation_of_their_span(lm, sentences):
     active = {}
     for kind, a in zip(data.types, data.activation.tolist()):
         if a: active.setdefault(kind, set()).add(round(a, 3))
-    assert active == {"hippopotamus": {1.0}, "24": {0.5}, "dogs": {0.8}, "hund": {1.0}, "我们都喜欢狗": {1.0},
+    assert active == {"hippopotamus": {1.0}, "24": {0.5}, "dogs": {0.8}, "hund": {1.0}, "狗": {1.0},
                       "dog": {1.0}}
     for kind, h in zip(data.types, data.heldout): assert bool(h) == (kind in {"hippopotamus", "was"})
     # all tokens of a word are one unit, so are the digits of a number with the space before them; each Chinese character
     # is one of its own
     assert [data.strings[data.types.index(kind)] for kind in ("hippopotamus", "24")] == ["·hippopotamus", "·24"]
     assert (data.token_unit == data.types.index("hippopotamus")).sum() > 1
-    chinese = [string for string, kind in zip(data.strings, data.types) if kind == "我们都喜欢狗"]
+    chinese = [string for string, kind in zip(data.strings, data.types) if kind in "我们都喜欢狗"]
     assert len(chinese) > 2 and "".join(chinese).strip("·") == "我们都喜欢狗"
     assert {a for k, a in zip(data.types, data.activation.tolist()) if k == ""} == {0.0}
 

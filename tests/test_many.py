@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,6 +117,28 @@ def test_features_in_words_and_texts_go_side_by_side(lm):
     assert found[1].label == label_feature(text, lm, progress=False, **HOW).label
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_words_and_texts_take_their_own_prompts_in_turn(lm, first):
+    "The default prompts of both have a sentence in common, at other places."
+    text = Feature.from_texts("animals", ["the cat and the dog", "the red house", "a dog", "a car"],
+                              [[(4, 7, 1.0), (16, 19, 1.0)], [], [(2, 5, 1.0)], []])
+    features = [some_features(1)[0], text]
+    features = features[first:] + features[:first]
+    how = HOW | dict(prompts=None, steps=4)
+    for i, result in label_features(features, lm, **how):
+        alone = label_feature(features[i], lm, progress=False, **how)
+        assert result.trace.accuracy_loss.tolist() == pytest.approx(alone.trace.accuracy_loss.tolist(), rel=1e-2)
+
+
+def test_a_feature_without_both_classes_among_what_is_fitted_does_not_stop_the_others(lm, monkeypatch):
+    monkeypatch.setattr(module, "tokenize", lambda feature, *rest: (
+        replace(found, activation=torch.ones_like(found.activation)) if feature.name == "bad" else found)
+        if (found := tokenize(feature, *rest)) else None)
+    good, bad = some_features(2)
+    found = dict(label_features([good, replace(bad, name="bad"), good], lm, **HOW))
+    assert isinstance(found[1], ValueError) and "are active" in str(found[1]) and found[0].label == found[2].label
+
+
 def test_a_feature_that_cannot_be_labelled_does_not_stop_the_others(lm):
     long = Feature.from_texts("long", ["the cat " * 300, "a house"], [[(4, 7, 1.0)], []])
     found = dict(label_features([some_features(1)[0], long], lm, **HOW))
@@ -131,7 +154,8 @@ def test_a_stream_is_read_as_it_is_needed(lm):
 
 def test_mistakes_show_before_anything_is_labelled(lm):
     for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
-                  dict(discriminator="direct"), dict(engine="processes")):  # the last: made in memory
+                  dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]), dict(prompts="a {label}:"),
+                  dict(prompts=[]), dict(engine="processes")):  # the last: made in memory
         with pytest.raises(ValueError): label_features(some_features(1), lm, **wrong)
 
 
@@ -195,6 +219,26 @@ def test_files_of_features(tmp_path):
     stream = read_features(tmp_path / "b.jsonl")
     assert next(stream).mode == "texts"
     with pytest.raises(ValueError, match="feature 2"): next(stream)
+    (tmp_path / "c.jsonl").write_text(json.dumps(text) + "\n\n", encoding="utf-8-sig")
+    assert len(list(read_features(tmp_path / "c.jsonl"))) == 1
+    for wrong in ('[1]', '{"name"', '{"name": "x", "words": ["a", "b", "a"], "activations": [1, 0, 0]}'):
+        (tmp_path / "d.jsonl").write_text(wrong)
+        with pytest.raises(ValueError, match="d.jsonl, feature 1"): list(read_features(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"a": 1}\n{"b"', "notes\n", '{"name": "x"}\n{"name": "y"}\n'])
+def test_a_file_that_has_no_results_is_left_as_it_is(stored, tmp_path, content):
+    out = tmp_path / "out.jsonl"
+    out.write_text(content)
+    with pytest.raises(ValueError, match="something else than results"):
+        label_file(write(tmp_path / "in.jsonl", some_features(1)), out, stored, **HOW)
+    assert out.read_text() == content
+
+
+def test_names_may_have_any_character(stored, tmp_path):
+    odd = [replace(one, name=f"{one.name}\u2028\x85{i}") for i, one in enumerate(some_features(2))]
+    source, out = write(tmp_path / "in.jsonl", odd), tmp_path / "out.jsonl"
+    assert [label_file(source, out, stored, **HOW) for _ in range(2)] == [2, 0]
 
 
 def test_a_run_goes_on_where_it_stopped(stored, tmp_path):

@@ -48,3 +48,9 @@ def test_what_cannot_be_hardened_is_refused():
     with pytest.raises(ValueError, match="and the pool 1 new ones"): harden(WORDS, " a", ["car", "sheep"], lm)
     texts = Feature.from_texts("cats", ["the cat sat.", "no book."], [[(4, 7, 1.0)], []])
     with pytest.raises(ValueError, match="has texts"): harden(texts, " a", POOL, lm)
+
+
+def test_words_of_a_pool_are_taken_without_white_space():
+    lm = make_tiny_lm("llama")
+    assert reach(" cat", [" dog\n", "dog", "red"], lm).keys() == {"dog", "red"}
+    assert reach(" cat", ["dog"], lm).keys() == {"dog"}

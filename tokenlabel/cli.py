@@ -21,22 +21,21 @@ import tokenlabel
 # %% ../nbs/12_cli.ipynb #2c3cc0de
 def _label(options) -> int:
     from tokenlabel.feature import Feature
-    out = options.out or Path("runs") / options.feature.stem
-    if out.exists() and not (out / "result.json").exists() and any(out.iterdir()):   # tell before the search, not after
-        raise ValueError(f"{out} holds files that are not a saved result; give a new or empty folder with --out")
-    feature = Feature.from_jsonl(options.feature)   # before the model: a mistake in the file shows at once
+    feature = Feature.from_jsonl(options.feature)   # before what takes seconds to import: a mistake shows at once
     from tokenlabel.lm import load_lm
-    from tokenlabel.optimize import WEIGHTS, LossWeights, label_feature
+    from tokenlabel.optimize import WEIGHTS, LossWeights, check_folder, label_feature
     from tokenlabel.plot import save_figure
+    out = options.out or Path("runs") / options.feature.stem
+    check_folder(out)   # before the search, not after
     usual = WEIGHTS.get(options.discriminator, LossWeights())
+    weights = LossWeights(accuracy=options.accuracy, entropy=options.entropy, end=options.end,
+                          kl=usual.kl if options.kl is None else options.kl)
     result = label_feature(
-        feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator,
-        weights=LossWeights(accuracy=options.accuracy, entropy=options.entropy, end=options.end,
-                            kl=usual.kl if options.kl is None else options.kl),
+        feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator, weights=weights,
         restarts=options.restarts, steps=options.steps, heldout=options.heldout, seed=options.seed)
-    print(result)
     result.save(out)
     save_figure(result.plot(), out / "figure")
+    print(result)
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 
@@ -94,7 +93,7 @@ def _workshop(options) -> int:
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: free.bind((options.host, options.port))
-        except OSError as error: raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
+        except (OSError, OverflowError) as error: raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"In a few seconds the explorer is at http://{shown}:{options.port}/ (Ctrl-C ends it)", flush=True)
     os.execv(sys.executable, [
@@ -205,6 +204,7 @@ def main(
     # PyTorch's threads wait for each other by spinning, which on cores that are busy with something else as well has
     # made a search 20 times slower. They can sleep instead, but have to be told before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")   # a label may be of any script
     try: return options.command(options)
     except KeyboardInterrupt:
         print("tokenlabel: interrupted", file=sys.stderr)

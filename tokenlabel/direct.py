@@ -39,6 +39,10 @@ class Question:
     shots: tuple[tuple[str, str], ...] = ()  # earlier turns: a question without slots, and "yes" or "no" to it
     chat: bool = True  # with the chat template of the model, if it has one
 
+    def __post_init__(self):
+        if wrong := {reply for _, reply in self.shots} - {"yes", "no"}:
+            raise ValueError(f"the reply of a shot is \"yes\" or \"no\", whatever the answers are, and not {wrong.pop()!r}")
+
     def turns(self) -> list[tuple[str, str]]:  # role, content; up to the question
         "The conversation."
         start = [("system", self.system)] if self.system else []
@@ -449,6 +453,7 @@ def direct(
 ) -> Direct:
     "The direct discriminator of a feature; raises ValueError for a bad question, or one too long for the model."
     mode = tokens.feature.mode
+    if not isinstance(question, Question | None): raise ValueError(f"the question is {question!r}; give a `Question`")
     question = question or QUESTIONS[mode]
     text, chat = render(question, lm)
     before, after = split_prompt(text, mode)

@@ -22,6 +22,7 @@ from queue import Queue
 from threading import Event, Lock, Thread
 from typing import NamedTuple
 
+import pandas as pd
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
@@ -29,13 +30,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention, attention_mask,
-                                      check_length, marginal_log_probs, next_log_prior, pack, read_prompt)
+                                      check_length, check_prompts, marginal_log_probs, next_log_prior, pack,
+                                      read_prompt)
 from .experiment import Job, _failure, _load_again, _send, start_workers
-from .feature import Feature, TokenizedFeature, tokenize
+from .feature import Feature, TokenizedFeature, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (WEIGHTS, Asked, LabelResult, Search, _check_settings, conclude, has_collapsed, label_feature,
-                                 new_search, praised)
+from .optimize import (WEIGHTS, Asked, LabelResult, Search, _check_settings, check_classes, conclude, has_collapsed,
+                                 label_feature, new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
 class Known(NamedTuple):
@@ -193,8 +195,8 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
     for i, search in enumerate(searches):
         prompts = search.discriminator.prompts
         turn = search.done % len(prompts)
-        groups.setdefault((prompts[turn].text, search.v.shape[1]), (turn, []))[1].append(i)
-    for turn, chosen in groups.values():
+        groups.setdefault((turn, tuple(prompt.text for prompt in prompts), search.v.shape[1]), []).append(i)
+    for (turn, *_), chosen in groups.items():
         drawn = {i: searches[i].draw(searches[i].batch_size) for i in chosen}
         for part in _in_parts(searches, drawn, len(searches[chosen[0]].discriminator.prompts[turn].after)):
             asked = dict(zip(part, ask_together([searches[i] for i in part], [drawn[i] for i in part])))
@@ -268,7 +270,9 @@ def settings_of(lm: LM, options: dict) -> dict:
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     settings = {name: plain(value) for name, value in call.arguments.items() if name not in ("feature", "progress")}
     settings |= dict(lm=lm.name, weights=asdict(settings["weights"] or WEIGHTS["channel"]))
+    if settings["label_tokens"] == "auto": raise ValueError("label_tokens=\"auto\" is for one feature at a time; give a number")
     _check_settings(settings)
+    check_prompts(settings["prompts"])
     if settings["discriminator"] != "channel":
         raise ValueError("only the channel discriminator labels many features at once")
     return settings
@@ -280,6 +284,7 @@ def _tokenized(job: Job, lm: LM, known: dict) -> tuple[TokenizedFeature, dict, d
         settings = settings_of(lm, job.options)
         types = job.feature.heldout_types(settings["heldout"], settings["seed"]) if settings["heldout"] else frozenset()
         begun = tokenize(job.feature, lm, types), settings, job.options
+        if settings["weights"]["active"] is not None: check_classes(begun[0])
         kind = _kind(begun)
         if kind not in known: known[kind] = read_prompts(lm, *kind)
         check_length(lm, known[kind].prompts, begun[0])
@@ -460,9 +465,10 @@ def _job(one: Feature | Job, options: dict) -> Job:
 # %% ../nbs/06c_many.ipynb #a5aba3ce
 def read_features(path: Path) -> Iterator[Feature]:
     "Features from JSON lines or Parquet, one by one; raises ValueError that names the line."
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else map(json.loads, path.open(encoding="utf-8"))
+    parquet = path.suffix == ".parquet"
+    rows = _parquet_rows(path) if parquet else filter(str.strip, path.open(encoding="utf-8-sig"))
     for number, row in enumerate(rows, 1):
-        try: yield _feature(row)
+        try: yield _feature(row if parquet else json.loads(row))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, feature {number}: {error!r}") from None
 
@@ -472,9 +478,11 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
 
 def _feature(row: dict) -> Feature:
+    if not isinstance(row, dict): raise TypeError(f"expected an object with a name, got {row!r}")
     if row.get("words") is not None:
         if len(row["words"]) != len(row["activations"]): raise ValueError("words and activations differ in number")
-        return Feature.from_words(row["name"], dict(zip(row["words"], row["activations"])))
+        pairs = zip(row["words"], row["activations"])
+        return Feature.from_words(row["name"], merge_words((f"word {i}", *pair) for i, pair in enumerate(pairs)))
     return Feature.from_texts(row["name"], row["texts"], row["spans"])
 
 # %% ../nbs/06c_many.ipynb #5659aeab
@@ -482,7 +490,8 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
     "What a line says about a feature."
     if isinstance(result, Exception): return dict(name=name, error=f"{type(result).__name__}: {result}")
     best = result.ranking.iloc[0]
-    numbers = {column: float(best[column]) for column in ("loss", "accuracy_loss", "kl", "end", "auroc_fit", "auroc_heldout")}
+    columns = ("loss", "accuracy_loss", "kl", "end", "auroc_fit", "auroc_heldout")
+    numbers = {column: None if pd.isna(best[column]) else float(best[column]) for column in columns}
     return dict(name=name, label=result.label, **numbers, seconds=round(result.seconds, 3),
                 ranking=result.ranking.label.head(10).tolist())
 
@@ -491,10 +500,13 @@ def read_results(out: Path) -> tuple[dict | None, list[dict]]:  # the first line
     "What a file of results has, without a last line that was cut off, which is removed."
     if not out.exists(): return None, []
     whole = out.read_bytes()
-    whole = whole[:whole.rfind(b"\n") + 1]
-    with out.open("r+b") as stream: stream.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.decode().splitlines()]
-    return (lines[0] if lines else None), lines[1:]
+    first, *rest = whole.split(b"\n")
+    try: head = json.loads(first or b"null")
+    except ValueError: head = None
+    if whole and not (isinstance(head, dict) and {"lm", "dtype", "settings"} <= head.keys() and rest):
+        raise ValueError(f"{out} holds something else than results; give a new file")
+    with out.open("r+b") as stream: stream.truncate(len(whole) - len(rest[-1]) if rest else 0)
+    return head, list(map(json.loads, rest[:-1]))
 
 
 def label_file(
@@ -503,8 +515,8 @@ def label_file(
     lm: LM,
     **options,  # arguments of `label_features`
 ) -> int:  # features labelled by this call
-    """Label the features of a file that have no result yet. Raises ValueError if `out` has results of other settings,
-    and for a name that is there twice; filelock.Timeout if another process is writing there."""
+    """Label the features of a file that have no line in `out` yet, be it a result or an error. Raises ValueError if
+    `out` has results of other settings or something else, and for a name that is there twice; filelock.Timeout if another process is writing there."""
     source, out = Path(source), Path(out)
     own = {name: options[name] for name in options if name not in ("engine", "workers", "threads", "together")}
     made = json.loads(json.dumps(dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings_of(lm, own))))

@@ -22,12 +22,12 @@ def reach(
     lm: LM,
 ) -> dict[str, float]:  # word -> logit in nats, the largest first
     "How much more likely a label makes each word of a pool (the channel discriminator, without bias)."
-    words = list(dict.fromkeys(pool))
-    # a feature has two classes; the logits do not depend on which word is of which
-    judge = channel(lm, tokenize(Feature.from_words("pool", active=words[:1], inactive=words[1:]), lm))
+    words = list(dict.fromkeys(word.strip() for word in pool))
+    other = next(word for word in ("a", "the") if word not in words)  # a feature has two classes
+    judge = channel(lm, tokenize(Feature.from_words("pool", active=words, inactive=[other]), lm))
     ids = torch.tensor([lm.encode(label)], device=lm.device)
     z = torch.cat([judge.hard_logits(ids, batch) for batch in judge.batches()], 1)[0]
-    return {words[i]: float(z[i]) for i in z.argsort(descending=True).tolist()}
+    return {words[i]: float(z[i]) for i in z[:len(words)].argsort(descending=True).tolist()}
 
 # %% ../nbs/06d_negatives.ipynb #ff5efd8b
 def harden(
@@ -42,6 +42,7 @@ def harden(
     Raises ValueError for a feature of texts, for a pool with active words in it, and if it has too few new ones.
     """
     if feature.mode != "words": raise ValueError(f"{feature.name} has texts; hard negatives are drawn for isolated words")
+    pool = [word.strip() for word in pool]
     activation = {word: max((span.activation for span in spans), default=0.0)
                   for word, spans in zip(feature.texts, feature.spans)}
     active = [word for word, a in activation.items() if a >= ACTIVE]

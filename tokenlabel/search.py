@@ -454,6 +454,8 @@ def _own_loss(result: LabelResult, truth: Oracle) -> float:
         ours, theirs = (json.loads(json.dumps(x.settings[name])) for x in (result, truth))
         if ours != theirs: raise ValueError(f"the result has {name}={ours!r}, the oracle {theirs!r}")
     if result.feature != truth.feature: raise ValueError("the result and the oracle are of different features")
+    if (count := result.settings["label_tokens"]) != 1:
+        raise ValueError(f"the oracle ranks single tokens, and the result has labels of {count}")
     mine = result.ranking.iloc[0]
     row = truth.ranking[truth.ranking.token_id == mine.token_id]
     if row.empty: raise ValueError(f"{mine.label!r} is not among the labels of the oracle")
