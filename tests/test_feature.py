@@ -317,7 +317,7 @@ def test_tokens_take_the_activation_of_their_span(lm, sentences):
     # is one of its own
     assert [data.strings[data.types.index(kind)] for kind in ("hippopotamus", "24")] == ["·hippopotamus", "·24"]
     assert (data.token_unit == data.types.index("hippopotamus")).sum() > 1
-    chinese = [string for string, kind in zip(data.strings, data.types) if kind in "我们都喜欢狗"]
+    chinese = [string for string, kind in zip(data.strings, data.types) if kind and kind in "我们都喜欢狗"]
     assert len(chinese) > 2 and "".join(chinese).strip("·") == "我们都喜欢狗"
     assert {a for k, a in zip(data.types, data.activation.tolist()) if k == ""} == {0.0}
 
