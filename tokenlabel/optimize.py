@@ -352,7 +352,7 @@ def hard_end(
     turn: int | None = None,  # as in `score_labels`
 ) -> Tensor:  # [C], in nats
     "Minus the log-probability that a label ends where its slot ends."
-    return -torch.cat([discriminator.log_end(discriminator.lm.embed(part), turn) for part in labels.split(32)])
+    return -torch.cat([discriminator.log_end(discriminator.lm.embed(part), turn) for part in labels.split(128)])
 
 
 def fit_logits(
