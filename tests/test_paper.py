@@ -148,7 +148,7 @@ def test_the_animals_experiment_runs_and_leaves_figures_and_verdicts(tmp_path):
     assert drawn == {f"animals_{form}.{kind}" for form in ("words", "texts") for kind in ("pdf", "png")} | {"animals.json"}
     words, texts = load_verdicts(tmp_path / "figures")
     assert (words.form, texts.form) == ("isolated words", "running text") and len(words.labels) == 1
-    assert words.evaluator == "can" and words.evaluator_auroc > .9
+    assert words.evaluator == "can" and words.evaluator_auroc > .8
     assert nbformat.read(executed, as_version=4).cells[-1].outputs
 
 
