@@ -142,13 +142,13 @@ def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) 
 # the notebooks
 
 def test_the_animals_experiment_runs_and_leaves_figures_and_verdicts(tmp_path):
-    small = {"seeds": 1, "words": 24, "texts": 6, "steps": 4, "restarts": 1}
+    small = {"seeds": 1, "words": 32, "texts": 6, "steps": 4, "restarts": 1}
     executed = run_experiment("animals", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"animals_{form}.{kind}" for form in ("words", "texts") for kind in ("pdf", "png")} | {"animals.json"}
     words, texts = load_verdicts(tmp_path / "figures")
     assert (words.form, texts.form) == ("isolated words", "running text") and len(words.labels) == 1
-    assert words.evaluator == "can" and words.evaluator_auroc > .8
+    assert words.evaluator == "can" and words.evaluator_auroc > .85
     assert nbformat.read(executed, as_version=4).cells[-1].outputs
 
 
