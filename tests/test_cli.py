@@ -77,7 +77,8 @@ def test_label_prints_the_label_and_the_table_and_saves(optimizer, feature_file,
 
 
 @pytest.mark.parametrize("discriminator, kl", [("channel", 0.5), ("direct", 0.6)])
-def test_the_weight_of_the_kl_is_the_discriminators_own_unless_it_is_given(discriminator, kl, optimizer, feature_file, tmp_path):
+def test_the_weight_of_the_kl_is_the_discriminators_own_unless_it_is_given(discriminator, kl, optimizer, feature_file,
+                                                                           tmp_path):
     calls = optimizer(Result())
     assert main(["label", str(feature_file), "--out", str(tmp_path / "out"), "--discriminator", discriminator]) == 0
     assert calls[0]["weights"]["kl"] == kl

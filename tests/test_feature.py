@@ -196,7 +196,8 @@ def test_a_file_in_another_encoding_is_refused(tmp_path):
 def test_pieces_are_words_and_runs_of_punctuation():
     assert [kind for _, _, kind in pieces("Straße?! It's 3.5, 我们。")] == \
         ["strasse", "?!", "it", "'", "s", "3", ".", "5", ",", "我", "们", "。"]
-    assert [kind for _, _, kind in pieces("हिन्दी cafe\u0301s")] == ["हिन्दी", "cafe\u0301s"]  # marks belong to their letters
+    # marks belong to their letters
+    assert [kind for _, _, kind in pieces("हिन्दी cafe\u0301s")] == ["हिन्दी", "cafe\u0301s"]
 
 
 def test_a_script_without_spaces_has_a_word_for_each_character():

@@ -154,8 +154,8 @@ def test_a_stream_is_read_as_it_is_needed(lm):
 
 def test_mistakes_show_before_anything_is_labelled(lm):
     for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
-                  dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]), dict(prompts="a {label}:"),
-                  dict(prompts=[]), dict(engine="processes")):  # the last: made in memory
+                  dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]),
+                  dict(prompts="a {label}:"), dict(prompts=[]), dict(engine="processes")):  # the last: made in memory
         with pytest.raises(ValueError): label_features(some_features(1), lm, **wrong)
 
 

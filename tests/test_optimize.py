@@ -23,8 +23,9 @@ from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, hard_end, hard_kl, hard_loss,
-                                 has_collapsed, label_feature, neighbors, rank_labels, relatives, schedule, spelled, top_labels)
+from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, hard_end, hard_kl,
+                                 hard_loss, has_collapsed, label_feature, neighbors, rank_labels, relatives, schedule,
+                                 spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -344,7 +345,8 @@ def test_a_step_is_one_of_adam_on_the_objective(label_tokens):
         assert torch.allclose(search.log_p(tau), log_softlabel(v, tau, lm.admissible), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(entropy=0.0, kl=0.0, end=0.0), LossWeights(kl=1.0, active=0.2)])
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(entropy=0.0, kl=0.0, end=0.0),
+                                     LossWeights(kl=1.0, active=0.2)])
 def test_other_weights_work(weights):
     result = run(weights=weights, steps=4)
     assert np.isfinite(result.ranking[["loss", "accuracy_loss", "kl"]].to_numpy()).all()
@@ -467,14 +469,22 @@ def test_neighbors_have_one_other_token_and_belong_to_the_same_restart(label_tok
 def test_relatives_begin_like_the_label_and_the_most_expected_come_first(label_tokens):
     lm = make_tiny_lm("llama")
     search = Search(channel(lm, tokenize(WORDS, lm)), label_tokens=label_tokens)
-    label = tuple(lm.encode(" cats sat"))[-label_tokens:]
+    label = tuple(lm.encode(" the animals"))[-label_tokens:]
     search.meet([label], 1)
     found = relatives(search, [label], k=3)
-    stem, prior = lm.token(label[-1]).removesuffix("s"), search.discriminator.log_prior
+    stem, prior = " animal", search.discriminator.log_prior
     alike = [id for id in prior.argsort(descending=True).tolist() if lm.admissible[id] and lm.token(id).startswith(stem)]
     expected = [(*label[:-1], id) for id in alike if id != label[-1]][:3]
     assert found == [other for other in expected if spelled(other, lm)]
-    assert all(search.met[other][1] == 1 for other in found)
+    assert found and all(search.met[other][1] == 1 for other in found)
+
+
+def test_a_single_letter_is_no_plural(lm):
+    search = Search(channel(lm, tokenize(WORDS, lm)))
+    label = tuple(lm.encode(" s"))
+    search.meet([label], 0)
+    found = relatives(search, [label])
+    assert found and all(spelled(other, lm).startswith(" s") for other in found)
 
 
 def test_the_whole_word_is_a_relative_of_its_beginning(lm):
@@ -839,6 +849,31 @@ def test_a_later_token_feels_what_comes_before_it():
     assert not torch.allclose(log_prior[0, 1], log_prior[1, 1])
     log_prior[0, 1, 80].backward()
     assert label.grad[0, 0].abs().max() > 0 and label.grad[0, 1].abs().max() == 0 and label.grad[1].abs().max() == 0
+
+
+def test_a_stem_is_not_asked_whether_it_ends_there_and_a_whole_label_is(monkeypatch):
+    lm, asked = make_tiny_lm("llama"), []
+    look = module.best_by_look
+    monkeypatch.setattr(module, "best_by_look", lambda search, labels, *rest, **options: (
+        asked.append((len(labels[0]), search.weights.end)), look(search, labels, *rest, **options))[1])
+    short = Search(channel(lm, tokenize(WORDS, lm)))
+    short.step()
+    assert all(len(label) == 2 for label in grow(short, 2, 3))
+    assert set(asked) == {(1, 0.0), (2, LossWeights().end)}
+
+
+@pytest.mark.parametrize("first_step", [True, False])
+def test_an_interrupt_while_a_longer_label_is_tried_leaves_the_shorter_one(first_step, monkeypatch):
+    "Before the second search has anything, and in the middle of it, when it would win by any margin."
+    lm, whole = make_tiny_lm("llama"), module.label_feature
+    def label(*rest, label_tokens, **options):
+        result = whole(*rest, label_tokens=label_tokens, **options)
+        if label_tokens == 1: return result
+        if first_step: raise KeyboardInterrupt
+        return replace(result, interrupted=True)
+    monkeypatch.setattr(module, "label_feature", label)
+    found, lengths = module.label_length(WORDS, lm, margin=-100.0, steps=3, restarts=2, progress=False)
+    assert found.settings["label_tokens"] == 1 and found.interrupted and lengths.index.tolist() == [1]
 
 
 def test_a_token_is_added_only_if_it_pays_on_held_out_words():

@@ -18,7 +18,7 @@ from tokenlabel.discriminator import Channel, channel
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, balanced_bce, class_weights, fit_bias
-from tokenlabel.optimize import WEIGHTS, label_feature, rank_labels
+from tokenlabel.optimize import label_feature, rank_labels
 from tokenlabel.search import (RIVALS, Meter, Oracle, Stage, Task, accuracy_bound, count_positions, flips, label_ids,
                                make_stages, oracle, plot_races, pmi, race, race_all, race_table, rank_in, read_progress,
                                regret, with_regret, word_table)
@@ -129,7 +129,7 @@ def test_the_direct_discriminator_on_a_shortlist():
     lm = make_tiny_lm("llama")
     found = ask(WORDS, discriminator="direct", labels=12, top=None)
     judge = direct(lm, tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0)))
-    expected = rank_labels(judge, label_ids(12, judge).tolist(), WEIGHTS["direct"])[0]
+    expected = rank_labels(judge, label_ids(12, judge).tolist())[0]
     assert found.ranking.token_id.tolist() == expected.token_id.tolist()
     np.testing.assert_allclose(found.ranking.loss, expected.loss, atol=1e-4, rtol=0)
     first = ask(WORDS, discriminator="direct", labels=12, top=2, weights=HEAVY)

@@ -27,9 +27,8 @@ def _label(options) -> int:
     from tokenlabel.plot import save_figure
     out = options.out or Path("runs") / options.feature.stem
     check_folder(out)   # before the search, not after
-    usual = WEIGHTS.get(options.discriminator, LossWeights())
     weights = LossWeights(accuracy=options.accuracy, entropy=options.entropy, end=options.end,
-                          kl=usual.kl if options.kl is None else options.kl)
+                          kl=WEIGHTS[options.discriminator].kl if options.kl is None else options.kl)
     result = label_feature(
         feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator, weights=weights,
         restarts=options.restarts, steps=options.steps, heldout=options.heldout, seed=options.seed)
@@ -93,7 +92,8 @@ def _workshop(options) -> int:
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: free.bind((options.host, options.port))
-        except (OSError, OverflowError) as error: raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"In a few seconds the explorer is at http://{shown}:{options.port}/ (Ctrl-C ends it)", flush=True)
     os.execv(sys.executable, [
@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         label.add_argument(f"--{name}", type=type(default), default=default, metavar=type(default).__name__.upper(),
                            help=f"{meaning} (default: {default})")
 
-    setting("discriminator", "channel", "how the model judges a label")
+    label.add_argument("--discriminator", choices=("channel", "direct"), default="channel",
+                       help="how the model judges a label (default: channel)")
     setting("restarts", 2, "searches that run side by side")
     setting("steps", 50, "gradient steps of each search")
     setting("accuracy", 1., "weight of the accuracy loss")
@@ -170,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--quick", action="store_true", help="a small version, to see that everything works")
     reproduce.add_argument("--preset", metavar="NAME", help="default, or paper: the paper's own configuration")
     reproduce.add_argument("--lm", metavar="NAME_OR_PATH", help="language model (default: the preset's)")
-    reproduce.add_argument("--discriminator", metavar="NAME", help="channel or direct (default: the preset's)")
+    reproduce.add_argument("--discriminator", choices=("channel", "direct"),
+                           help="how the model judges a label (default: the preset's way)")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                            help="any other parameter of the notebooks; may be given several times")
     reproduce.add_argument("--figures", type=Path, metavar="FOLDER",

@@ -41,7 +41,7 @@ class Question:
 
     def __post_init__(self):
         if wrong := {reply for _, reply in self.shots} - {"yes", "no"}:
-            raise ValueError(f"the reply of a shot is \"yes\" or \"no\", whatever the answers are, and not {wrong.pop()!r}")
+            raise ValueError(f"a shot's reply is 'yes' or 'no', whatever the answers are, and not {wrong.pop()!r}")
 
     def turns(self) -> list[tuple[str, str]]:  # role, content; up to the question
         "The conversation."
@@ -428,7 +428,8 @@ def _behind(judge: Direct, label: Tensor, read: Callable[[LM, Tensor], Tensor], 
     "What `read` gives for the last hidden states at the label's last token, mean over some units."
     fit = (~judge.tokens.heldout).nonzero()[:, 0]
     some = judge.batch(fit[::max(1, len(fit) // units)][:units])
-    return _ask_all(replace(judge, after=()), label, some, lambda judge, hidden, _: read(judge.lm, hidden[:, -1])).mean(1)
+    alone = replace(judge, after=())
+    return _ask_all(alone, label, some, lambda judge, hidden, label_tokens: read(judge.lm, hidden[:, -1])).mean(1)
 
 
 def answer(judge: Direct, hidden: Tensor, label_tokens: int) -> Tensor:  # [P, L, d] to [P]

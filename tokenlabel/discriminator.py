@@ -43,7 +43,7 @@ class Prompt:
 
 
 def split_at_slot(text: str) -> tuple[str, str]:
-    "What a prompt has before and after its label; raises ValueError unless there is one slot with text on both sides of it."
+    "What a prompt has before and after its label; raises ValueError unless it has one slot, with text on both sides."
     if not isinstance(text, str): raise ValueError(f"a prompt is a text with {{label}} in it, not {text!r}")
     before, *rest = text.split("{label}")
     if len(rest) != 1: raise ValueError(f"prompt {text!r} has {len(rest)} label slots; write {{label}} once")

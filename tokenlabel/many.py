@@ -270,7 +270,7 @@ def settings_of(lm: LM, options: dict) -> dict:
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     settings = {name: plain(value) for name, value in call.arguments.items() if name not in ("feature", "progress")}
     settings |= dict(lm=lm.name, weights=asdict(settings["weights"] or WEIGHTS["channel"]))
-    if settings["label_tokens"] == "auto": raise ValueError("label_tokens=\"auto\" is for one feature at a time; give a number")
+    if settings["label_tokens"] == "auto": raise ValueError('label_tokens="auto" is for single features; give a number')
     _check_settings(settings)
     check_prompts(settings["prompts"])
     if settings["discriminator"] != "channel":
@@ -515,8 +515,10 @@ def label_file(
     lm: LM,
     **options,  # arguments of `label_features`
 ) -> int:  # features labelled by this call
-    """Label the features of a file that have no line in `out` yet, be it a result or an error. Raises ValueError if
-    `out` has results of other settings or something else, and for a name that is there twice; filelock.Timeout if another process is writing there."""
+    """Label the features of a file that have no line in `out` yet, be it a result or an error.
+
+    Raises ValueError if `out` has results of other settings or something else, and for a name that is there twice;
+    filelock.Timeout if another process is writing there."""
     source, out = Path(source), Path(out)
     own = {name: options[name] for name in options if name not in ("engine", "workers", "threads", "together")}
     made = json.loads(json.dumps(dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings_of(lm, own))))

@@ -526,13 +526,14 @@ def relatives(
     labels: Sequence[Label],  # that the search has met
     k: int = 8,
 ) -> list[Label]:
-    "For each label the k others, most expected at the slot first, whose last token begins like its own, less a plural's s."
+    "Labels whose last token begins like a given one's, less a plural's s: for each the k most expected at the slot."
     lm, log_prior = search.discriminator.lm, search.discriminator.log_prior
     likely = log_prior.topk(min(LIKELY, int(lm.admissible.sum()))).indices.tolist()
     texts = [lm.token(id) for id in likely]
     found = []
     for *first, last in labels:
-        stem = lm.token(last).removesuffix("s") or lm.token(last)
+        own = lm.token(last)
+        stem = own.removesuffix("s") if len(own.strip()) > 1 else own
         alike = [id for id, text in zip(likely, texts) if text.startswith(stem) and id != last]
         near = [label for label in ((*first, id) for id in alike[:k]) if spelled(label, lm)]
         search.meet(near, search.met[*first, last][1])
@@ -570,7 +571,8 @@ class LabelResult:
     heldout: pd.DataFrame  # label ("hard", "soft", "chance"), metric, value, low, high; empty if nothing was held out
     trace: pd.DataFrame  # for each step and restart: schedule, losses, accuracies, the most probable label's own
     # accuracy loss (NaN in steps that did not judge it), ten top tokens and probabilities
-    soft: dict  # the best soft label at the end: restart, loss, accuracy_loss, entropy, kl, and loss_gap: how far the hard label's loss, without its end, is above
+    soft: dict  # the best soft label at the end: restart, loss, accuracy_loss, entropy, kl, and loss_gap, how far the
+    # loss of the hard one, without its end, is above
     settings: dict  # how the search was made
     interrupted: bool  # whether the user ended it early
     seconds: float  # wall-clock time
@@ -743,8 +745,9 @@ def check_classes(tokens: TokenizedFeature) -> None:
     for name, rows in ("to fit", ~tokens.heldout), ("held out", tokens.heldout):
         active = tokens.activation[rows] >= ACTIVE
         if len(active) and active.all() == active.any():
-            raise ValueError(f"{tokens.feature.name}: all {len(active)} units {name} are "
-                             f"{'active' if active.all() else 'inactive'}; give more data, or another seed or share to hold out")
+            kind = "active" if active.all() else "inactive"
+            raise ValueError(f"{tokens.feature.name}: all {len(active)} units {name} are {kind}; give more data, or "
+                             "another seed or share to hold out")
 
 
 def new_search(

@@ -77,7 +77,8 @@ def preset_options(
 ) -> dict[str, Any]:
     "Arguments for `label_feature`."
     check_preset(experiment, preset)
-    options = {"weights": WEIGHTS.get(changes.get("discriminator") or "channel", LossWeights()), "heldout": heldout} | (QUICK if quick else {})
+    usual = WEIGHTS.get(changes.get("discriminator") or "channel", LossWeights())
+    options = {"weights": usual, "heldout": heldout} | (QUICK if quick else {})
     if preset == "paper":
         units = ceil((1 - heldout) * len(tokenize(feature, lm).activation))
         options = {"heldout": heldout} | PAPER[experiment].options(units) | (QUICK if quick else {})

@@ -370,7 +370,8 @@ def _ranking(judge: Channel | Direct, weights: LossWeights, ids: Tensor, state: 
     table = pd.DataFrame({
         "token_id": ids.tolist(), "label": [lm.token(id) for id in ids.tolist()],
         "token": [lm.show(id) for id in ids.tolist()],
-        "loss": hard_loss(state.accuracy, kl, state.end, weights), "accuracy_loss": state.accuracy, "kl": kl, "end": state.end,
+        "loss": hard_loss(state.accuracy, kl, state.end, weights), "accuracy_loss": state.accuracy, "kl": kl,
+        "end": state.end,
         "auroc_fit": math.nan, "auroc_heldout": math.nan, "exact": state.exact})
     table = table.astype({name: float for name in ("loss", "accuracy_loss", "kl", "end")}).set_index("token_id")
     first = table[table.exact].sort_values("loss", kind="stable").index[:top or SCORED]
@@ -515,7 +516,7 @@ Rival = Callable[[Task], Iterator[None]]  # yields after each step, and is left 
 
 # %% ../nbs/07_search.ipynb #63646797
 def flips(task: Task, id: Tensor) -> Tensor:  # long [] to [V]
-    "First-order change of the loss without its end, up to a constant, from a token to each other one; infinite if not allowed."
+    "First-order change of the loss without its end, from a token to others, up to a constant; infinite if not allowed."
     lm, weights = task.lm, task.weights
     label = lm.embed(id[None]).requires_grad_()
     [gradient] = torch.autograd.grad(weights.accuracy * task.accuracy(label).sum(), label)
