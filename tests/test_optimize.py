@@ -762,15 +762,7 @@ def test_a_result_shows_itself_as_html_with_a_picture_and_escapes_names():
     assert "<table" in run(words, steps=3, heldout=0)._repr_html_()
 
 
-# --- on the default model ---------------------------------------------------------------------------------------------
-
-
-def test_a_small_feature_gets_its_name(lm):
-    fruit = Feature.from_words("fruit", "apple banana cherry mango lemon peach papaya fig".split(),
-                               "chair river engine justice teacher hammer cloud violin".split())
-    result = label_feature(fruit, lm, restarts=2, steps=30, heldout=0, progress=False)
-    assert result.label in (" fruit", " fruits")
-    assert result.ranking.auroc_fit[0] > 0.95
+# --- labels of several tokens, and their ends -------------------------------------------------------------------------
 
 
 def whole_log_prob(lm, prompt, label):

@@ -1,5 +1,6 @@
 """The project as a whole: notebooks, exported code, README, lessons, settings and Makefile agree."""
 import ast
+import multiprocessing
 import os
 import re
 import shutil
@@ -83,9 +84,31 @@ def test_links_in_the_readme_lead_somewhere():
     assert missing == []
 
 
+# Importing these takes longer than many a lesson does. The fork server does it once, and nothing else: a process that
+# has computed cannot be forked safely.
+LIBRARIES = ["torch", "transformers", "pandas", "matplotlib.pyplot", "scipy.stats", "sklearn.metrics", "ipywidgets",
+             "papermill", "nbdev.test"]
+
+
+def run_lesson(copy, path):
+    "In a process of its own: what the command `nbdev_test` does for one notebook."
+    from nbdev.test import nbdev_test
+    with (copy / "said").open("w") as said:
+        for stream in (1, 2): os.dup2(said.fileno(), stream)
+    os.chdir(copy)
+    os.environ["JUPYTER_DATA_DIR"] = str(copy / ".jupyter")
+    nbdev_test(path=str(path), n_workers=0)
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_lesson_runs(copy, path):
-    run("nbdev_test", "--path", str(path), "--n_workers", "0", cwd=copy)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=run_lesson, args=(copy, path))
+    process.start()
+    process.join()
+    said = (copy / "said").read_text()
+    assert process.exitcode == 0 and said.rstrip().endswith("Success."), said
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

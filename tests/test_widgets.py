@@ -455,14 +455,3 @@ def test_the_model_is_loaded_once_and_by_the_worker(tiny, monkeypatch):
 def test_it_is_a_widget_that_jupyter_shows(explorer):
     assert isinstance(explorer, ipywidgets.DOMWidget)
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
-
-
-# the default model
-
-def test_the_default_model_finds_animals_live(lm):
-    exploration = Exploration(widgets.FEATURES["animals"](), lm)
-    for _ in range(45): exploration.step()
-    seen = view(exploration)
-    assert seen.ranking.token[0] in ("·animal", "·animals", "·species", "·creatures")
-    right = (seen.fires > 0.5) == (seen.tokens.activation >= ACTIVE)
-    assert right.float().mean() > 0.75

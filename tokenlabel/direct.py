@@ -10,7 +10,7 @@ __all__ = ['SLOTS', 'QUESTIONS', 'PAPER_QUESTIONS', 'READ', 'LABELS', 'UNITS', '
 
 # %% ../nbs/04b_direct.ipynb #150555f8
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
