@@ -3,9 +3,10 @@ import pytest
 import torch
 
 import tokenlabel.bench as module
-from tokenlabel.bench import (NAMES, Passes, bench, check_agreement, compare_steps, gemm_pass, gemm_rates, interleave,
+from tokenlabel.bench import (NAMES, bench, check_agreement, compare_steps, gemm_pass, gemm_rates, interleave,
                               layer_weights, make_trial, operations, peak_memory, plot_costs, size_costs, steps_of)
 from tokenlabel.direct import PAPER_QUESTIONS, Question
+from tokenlabel.search import count_positions
 
 SHORT = {"words": Question("{word}? {label}?", answer=" ", yes="1", no="0"),
          "texts": Question("{text} {token}? {label}?", answer=" ", yes="1", no="0")}
@@ -67,10 +68,9 @@ def test_peak_memory_counts_what_is_held_at_the_same_time():
 
 
 def test_passes_count_positions_forward_and_back(lm):
-    counted = Passes(lm)
-    lm.model.base_model(input_ids=torch.zeros(2, 5, dtype=torch.long))
-    lm.model.base_model(inputs_embeds=lm.embed(torch.zeros(1, 3, dtype=torch.long)).requires_grad_())
-    counted.hook.remove()
+    with count_positions(lm) as counted:
+        lm.model.base_model(input_ids=torch.zeros(2, 5, dtype=torch.long))
+        lm.model.base_model(inputs_embeds=lm.embed(torch.zeros(1, 3, dtype=torch.long)).requires_grad_())
     assert (counted.positions, counted.passes) == (2 * 5 + 2 * 1 * 3, 3)
 
 

@@ -1,5 +1,7 @@
 """The channel discriminator, held against a naive one that writes out every prompt in full and runs each alone."""
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 import tokenlabel.discriminator as module
 from tokenlabel.discriminator import (CONTINUED, EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length,
-                                      in_chunks, make_batch, marginal_log_probs, pack, read_prompt,
+                                      in_chunks, make_batch, marginal_log_probs, pack, read_prompt, start_log_probs,
                                       token_log_probs)
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
@@ -256,9 +258,32 @@ def test_a_prompt_is_not_changed_by_its_use(family):
     assert all(torch.equal(run, runs[0]) for run in runs)
     for (k, v), (old_k, old_v) in zip(prompt.cache, kept):
         assert torch.equal(k, old_k) and torch.equal(v, old_v)
-    again = read_prompt(TEMPLATE, lm)
+    again = module._read_anew(TEMPLATE, lm)
     assert torch.equal(again.log_prior, prompt.log_prior)
     assert torch.equal(token_log_probs(lm, again, label, packing), runs[0])
+
+
+def test_what_does_not_depend_on_the_feature_is_computed_once_for_each_model(monkeypatch):
+    lm, other, calls = tiny_copy(), tiny_copy(), []
+    real = module.forward_rows
+    monkeypatch.setattr(module, "forward_rows", lambda *arguments: calls.append(1) or real(*arguments))
+    prompt = read_prompt(TEMPLATE, lm)
+    first = start_log_probs(lm, prompt, 5)
+    assert read_prompt(TEMPLATE, lm) is prompt and start_log_probs(lm, prompt, 5) is first and len(calls) == 1
+    assert read_prompt(TEMPLATE, other) is not prompt and read_prompt("Other {label}:", lm) is not prompt
+    assert not torch.equal(start_log_probs(lm, prompt, 6), first) and len(calls) == 2
+
+
+def test_a_model_that_is_not_used_any_more_is_not_kept_by_its_prompts():
+    lm = tiny_copy()
+    start_log_probs(lm, read_prompt(TEMPLATE, lm), 5)
+    seen = weakref.ref(lm)
+    del lm
+    gc.collect()
+    assert seen() is None
+
+
+def tiny_copy(): return load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True))
 
 
 @torch.no_grad()
@@ -448,6 +473,7 @@ def test_the_longest_text_that_is_accepted_has_the_right_numbers_and_the_next_is
         except ValueError: break
     assert n > (100 if family == "gemma3" else 220)  # and not refused long before it must be
     with pytest.raises(ValueError, match=f"text 1 has {n} tokens .*split"): channel(lm, tokens, [TEMPLATE])
+    with pytest.raises(ValueError, match="text 1 has"): channel(lm, text_of(length - 1), [TEMPLATE], 3)
     longest = channel(lm, text_of(length - 1), [TEMPLATE])
     tokens, label = longest.tokens, lm.embed([[44]])
     found = token_log_probs(lm, longest.prompts[0], label, pack(tokens.sequences))[0]

@@ -121,7 +121,7 @@ def test_running_text_works(llama, discriminator):
     texts = ["the cat sat on the mat.", "a dog and a horse ran.", "the house is red.", "no book is here."]
     spans = [[(4, 7, 1)], [(2, 5, 1), (12, 17, 1)], [], []]
     check = check_evaluator(Feature.from_texts("animals", texts, spans), llama, ["a"], discriminator=discriminator)
-    assert check.verdict in ("can", "cannot", "prefers another") and check.table.loss.notna().all()
+    assert check.table.loss.notna().all() and check.table.auroc.between(0, 1).all()
 
 
 # --- the sample -------------------------------------------------------------------------------------------------------

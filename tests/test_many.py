@@ -19,7 +19,7 @@ from tokenlabel.discriminator import channel
 from tokenlabel.experiment import Job
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
-from tokenlabel.many import (Question, label_features, label_file, learn_words, read_features, read_prompts,
+from tokenlabel.many import (Query, label_features, label_file, learn_words, read_features, read_prompts,
                              read_together, shared_channel, step_together)
 from tokenlabel.optimize import Search, label_feature
 
@@ -69,7 +69,7 @@ def test_shared_baselines_are_those_of_each_feature(lm):
 def test_one_pass_gives_each_search_what_a_pass_of_its_own_gives(lm, label_tokens):
     judges = [channel(lm, tokenize(feature, lm), PROMPTS) for feature in some_features(3)]
     torch.manual_seed(0)
-    questions = [Question(judge, torch.randn(i + 1, label_tokens, lm.embedding.shape[1]).requires_grad_(),
+    questions = [Query(judge, torch.randn(i + 1, label_tokens, lm.embedding.shape[1]).requires_grad_(),
                           judge.batch(range(4 + 3 * i))) for i, judge in enumerate(judges)]
     for turn in range(2):
         together = read_together(questions, turn)
@@ -145,6 +145,12 @@ def test_a_feature_that_cannot_be_labelled_does_not_stop_the_others(lm):
     assert isinstance(found[1], ValueError) and "tokens" in str(found[1]) and found[0].label
 
 
+def test_baselines_that_are_forgotten_are_learned_again(lm, monkeypatch):
+    kept = labels(dict(label_features(some_features(4), lm, together=2, **HOW)))
+    monkeypatch.setattr(module, "KEPT", 0)
+    assert labels(dict(label_features(some_features(4), lm, together=2, **HOW))) == kept
+
+
 def test_a_stream_is_read_as_it_is_needed(lm):
     taken = []
     stream = (taken.append(one.name) or one for one in some_features(6))
@@ -190,9 +196,10 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(s
 
 def test_a_job_that_kills_its_workers_is_given_up(stored):
     poison = Job("poison", some_features(1)[0], dict(HOW) | dict(steps=_Ends()))
-    found = dict(module.run_workers(iter([(0, poison), (1, Job("fine", some_features(2)[1], HOW))]),
-                                    lambda: module.process_worker(stored, 1, 1), 1, 1))
-    assert isinstance(found[0], RuntimeError) and "3 times" in str(found[0]) and found[1].label
+    fine = [Job("fine", feature, HOW) for feature in some_features(3)]
+    found = dict(module.run_workers(enumerate([poison, *fine]), lambda: module.process_worker(stored, 1, 1), 1, 3))
+    assert isinstance(found[0], RuntimeError) and "3 times" in str(found[0])
+    assert all(found[number].label for number in (1, 2, 3))  # those that were lost with it, too
 
 
 class _Ends:

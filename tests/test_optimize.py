@@ -603,7 +603,7 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
     ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
     ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1),
-    ("heldout", 1.5), ("heldout", math.nan), ("prompts", []), ("prompts", "Examples of {label}:"),
+    ("heldout", 1.5), ("heldout", math.nan), ("ramp", (1.0,)), ("init", (0.3, 0.3, 1.0)), ("prompts", []), ("prompts", "Examples of {label}:"),
 ])
 def test_settings_that_cannot_work_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name): run(**{name: value})
@@ -868,6 +868,17 @@ def test_an_interrupt_while_a_longer_label_is_tried_leaves_the_shorter_one(first
     assert found.settings["label_tokens"] == 1 and found.interrupted and lengths.index.tolist() == [1]
 
 
+def test_if_no_longer_label_can_be_had_the_shorter_one_stands(monkeypatch):
+    lm, whole = make_tiny_lm("llama"), module.label_feature
+    def label(*rest, label_tokens, **options):
+        if label_tokens == 2: raise ValueError("no label of 2 tokens was met")
+        return whole(*rest, label_tokens=label_tokens, **options)
+    monkeypatch.setattr(module, "label_feature", label)
+    found, lengths = module.label_length(WORDS, lm, margin=-100.0, steps=3, restarts=2, progress=False)
+    assert found.settings["label_tokens"] == 1 and not found.interrupted and lengths.index.tolist() == [1]
+    with pytest.raises(ValueError, match="steps"): module.label_length(WORDS, lm, steps=0)
+
+
 def test_a_token_is_added_only_if_it_pays_on_held_out_words():
     options = dict(steps=3, restarts=2, progress=False)
     lm = make_tiny_lm("llama")
@@ -876,7 +887,7 @@ def test_a_token_is_added_only_if_it_pays_on_held_out_words():
     always, lengths = module.label_length(WORDS, lm, margin=-100.0, longest=2, **options)
     assert always.settings["label_tokens"] == 2 and lengths.label.tolist() == [never.label, always.label]
     chosen = label_feature(WORDS, lm, label_tokens="auto", **options)
-    assert chosen.label in set(module.label_length(WORDS, lm, **options)[1].label)
+    assert chosen.label == module.label_length(WORDS, lm, **options)[0].label
     with pytest.raises(ValueError, match="heldout=0 leaves nothing"):
         label_feature(WORDS, lm, label_tokens="auto", heldout=0, **options)
     with pytest.raises(ValueError, match='neither a whole number nor "auto"'):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'interleave', 'spent', 'layer_weights', 'gemm_pass', 'memory_rate', 'gemm_rates', 'Trial', 'make_trial',
            'Kept', 'read_prefixes', 'public_step', 'whole_step', 'direct_step', 'channel_trial', 'channel_step',
-           'naive_channel_step', 'operations', 'peak_memory', 'Passes', 'steps_of', 'compare_steps', 'bench',
-           'check_agreement', 'bare_channel', 'bare_step', 'size_costs', 'plot_costs', 'load_times', 'label_cost']
+           'naive_channel_step', 'operations', 'peak_memory', 'steps_of', 'compare_steps', 'bench', 'check_agreement',
+           'bare_channel', 'bare_step', 'size_costs', 'plot_costs', 'load_times', 'label_cost']
 
 # %% ../nbs/15_bench.ipynb #901909c2
 import subprocess
@@ -294,19 +294,6 @@ def peak_memory(call: Callable[[], object]) -> int:
     return int(np.cumsum([0, *changes]).max())
 
 
-class Passes:
-    "Counts positions that go through a model, and ways through it, forward and back."
-
-    def __init__(self, lm: LM):
-        self.positions, self.passes = 0, 0
-        self.hook = lm.model.base_model.register_forward_pre_hook(self.note, with_kwargs=True)
-
-    def note(self, module, arguments, options) -> None:
-        inputs = options["inputs_embeds"] if options.get("inputs_embeds") is not None else options["input_ids"]
-        ways = 2 if torch.is_grad_enabled() and inputs.requires_grad else 1
-        self.positions += ways * inputs.shape[0] * inputs.shape[1]
-        self.passes += ways
-
 # %% ../nbs/15_bench.ipynb #09668bff
 NAMES = ("a: public description", "b: whole prompts", "c: direct", "d: channel", "channel, whole prompts")
 
@@ -331,9 +318,7 @@ def compare_steps(
     table["used"] = spent(table, lm)
     weights = sum(weight.nbytes for weight in layer_weights(lm)) + lm.head.weight.nbytes
     for name, call in calls.items():
-        counted = Passes(lm)
-        try: table.loc[name, "GFLOP"] = operations(call) / 1e9
-        finally: counted.hook.remove()
+        with count_positions(lm) as counted: table.loc[name, "GFLOP"] = operations(call) / 1e9
         table.loc[name, "positions"] = counted.positions
         rate = np.interp(np.log(counted.positions / counted.passes), np.log(rates.index), rates)
         table.loc[name, "GEMM share"] = table.GFLOP[name] * 1e9 / table.used[name] / rate

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from .discriminator import attention, next_log_prior, next_log_prob
+from .discriminator import attention, longest_input, next_log_prior, next_log_prob
 from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 
@@ -448,6 +448,7 @@ def direct(
     lm: LM,
     tokens: TokenizedFeature,
     question: Question | None = None,  # left out: that of `QUESTIONS` for the feature's mode
+    label_tokens: int = 1,  # T, for which there has to be room
     *,
     memory: float = 2**30,  # bytes for what the model keeps of the prompts; beyond it is read again for each batch
     positions: int = 1024,  # of one forward pass with gradient; beyond it, it is done in parts, and each part twice
@@ -461,16 +462,14 @@ def direct(
     answers, after = answer_ids(question, lm), lm.encode(after)
     filled = examples(tokens, lm)
     rows = encode_examples(before, chat, filled, lm)
-    _check_length(lm, rows, 1 + len(after), filled)
+    _check_length(lm, rows, label_tokens + len(after), filled)
     levels, hidden = read_levels(lm, split_levels(rows, [values.get("text", "") for values in filled]), memory)
     return Direct(lm, tokens, question, tuple(after), answers, levels, mean_log_prior(lm, hidden[~tokens.heldout]),
                   positions)
 
 
 def _check_length(lm: LM, rows: Sequence[list[int]], more: int, filled: Sequence[dict[str, str]]) -> None:
-    config = lm.model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min((x for x in limits if x), default=None)
+    limit = longest_input(lm)
     for ids, values in zip(rows, filled):
         if limit and len(ids) + more > limit:
             shown = " in ".join(f"{slot} {excerpt(values[slot])}" for slot in reversed(values))

@@ -6,7 +6,8 @@
 __all__ = ['PROMPTS', 'SMALL', 'BLOCK', 'POSITIONS', 'EXPECTED_LABELS', 'CONTINUED', 'Prompt', 'split_at_slot', 'check_prompts',
            'read_prompt', 'next_log_prior', 'next_log_prob', 'Packing', 'pack', 'forward_rows', 'attention',
            'attention_mask', 'token_log_probs', 'predict', 'in_chunks', 'expected_labels', 'start_log_probs',
-           'marginal_log_probs', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'check_length']
+           'marginal_log_probs', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'longest_input',
+           'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
 import math
@@ -306,7 +307,7 @@ def marginal_log_probs(
 ) -> Tensor:  # [N], in nats
     "Log-probability of each token without a label: the mixture over the labels that the LM expects."
     log_pi, labels = expected_labels(lm, prompt, continued)
-    given = in_chunks(lm, prompt, lm.embed(labels[:, None]), packing)  # [top, N]
+    given = in_chunks(lm, prompt, lm.embed(labels[:, None]), packing)  # [continued, N]
     before = torch.cat([torch.zeros_like(given[:, :1]), given[:, :-1]], 1).double().cumsum(1)
     start = torch.arange(len(position)) - position  # index of each token's first token
     posterior = (log_pi[:, None].double() + before - before[:, start]).log_softmax(0)
@@ -455,24 +456,30 @@ def channel(
     lm: LM,
     tokens: TokenizedFeature,
     prompts: Sequence[str] | None = None,  # with {label} in each; left out: `PROMPTS` of the feature's mode
+    label_tokens: int = 1,  # T, for which there has to be room
 ) -> Channel:
     "The channel discriminator of a feature; raises ValueError for a bad prompt, or texts too long for the model."
     check_prompts(prompts)
     read = tuple(read_prompt(text, lm) for text in prompts or PROMPTS[tokens.feature.mode])
-    check_length(lm, read, tokens)
+    check_length(lm, read, tokens, label_tokens)
     baseline = torch.stack([torch.cat([
         marginal_log_probs(lm, prompt, batch.packing, tokens.token_position[batch.token])
         for batch in all_batches(tokens)]) for prompt in read])
     return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
 
 
-def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature) -> None:
-    "Raise ValueError, naming the text, if one does not fit behind the prompts."
+def longest_input(lm: LM) -> int | None:
+    "Tokens that the model can read; None if there is no limit."
     config = lm.model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min((x for x in limits if x), default=None)
+    return min((x for x in limits if x), default=None)
+
+
+def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature, label_tokens: int = 1) -> None:
+    "Raise ValueError, naming the text, if one does not fit behind the prompts with a label of so many tokens."
+    limit = longest_input(lm)
     if limit is None: return
-    room = limit - max(len(p.before) + 1 + len(p.after) for p in prompts)
+    room = limit - max(len(p.before) + label_tokens + len(p.after) for p in prompts)
     for i, ids in enumerate(tokens.sequences):
         if len(ids) > room:
             raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "

@@ -346,7 +346,7 @@ def start_workers(
     code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.experiment import work; work()"
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint,
-                threads=threads)
+                threads=threads, device=str(lm.device))
     team = []
     try:
         for _ in range(count):

@@ -18,7 +18,7 @@ from .lm import LM
 @torch.no_grad()
 def reach(
     label: str,  # exact text, with its leading space
-    pool: Sequence[str],  # two words or more
+    pool: Sequence[str],  # one word or more
     lm: LM,
 ) -> dict[str, float]:  # word -> logit in nats, the largest first
     "How much more likely a label makes each word of a pool (the channel discriminator, without bias)."

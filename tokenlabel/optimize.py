@@ -39,7 +39,7 @@ from .lm import LM
 from .objective import Losses, LossWeights, balanced_bce, calibrate, class_accuracy, objective
 from .plot import plot_result
 from .score import auroc, heldout_table
-from .softlabel import embed_softlabel, log_softlabel, top_tokens
+from .softlabel import embed_softlabel, log_softlabel
 
 # %% ../nbs/06_optimize.ipynb #a69b4c56
 def schedule(
@@ -379,7 +379,9 @@ def look_size(
     share: float,
 ) -> int:
     "So many words, texts or questions are a share of what a step sees."
-    least = LEAST[search.discriminator.tokens.feature.mode]
+    judge = search.discriminator
+    texts = judge.tokens.feature.mode == "texts" and isinstance(judge, Channel)  # the direct one asks about each word
+    least = LEAST["texts" if texts else "words"]
     return min(search.batch_size, max(least, int(share * search.batch_size)))
 
 
@@ -705,7 +707,8 @@ def label_feature(
     ramp: tuple[float, float] = (0.0, 1.0),  # share of the entropy's weight at the first and at the last step
     init: tuple[float, float] = (0.3, 0.3),  # where v starts: share of the LM's log-prior, and standard deviation
     weight_decay: float = 0.0,  # of AdamW
-    calibrated: bool = True,  # fit the bias of the logits, and the scale of direct ones; False: take them as they are
+    calibrated: bool = True,  # fit the bias of the logits, and the scale of direct ones; False: the descent takes them
+    # as they are, and only ranking and scores fit them
     batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
     candidates: int = 6,  # tokens met on the way that are ranked on all the data
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
@@ -733,8 +736,8 @@ def label_feature(
     start = time.perf_counter()
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
     tokens = tokenize(feature, lm, types)
-    if weights.active is not None: check_classes(tokens)
-    judge = DISCRIMINATORS[discriminator](lm, tokens, prompts)
+    check_classes(tokens)
+    judge = DISCRIMINATORS[discriminator](lm, tokens, prompts, label_tokens)
     search = new_search(judge, settings, weights)
     rows, interrupted = _run(search, progress)
     return conclude(search, rows, settings, interrupted, start)
@@ -799,7 +802,9 @@ def _check_settings(settings: dict) -> None:
     if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
-    if len(settings["temperature"]) != 2 or not min(settings["temperature"]) > 0:
+    for name in ("temperature", "ramp", "init"):
+        if len(settings[name]) != 2: raise ValueError(f"{name}={settings[name]} is not a pair of numbers")
+    if not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 
 # %% ../nbs/06_optimize.ipynb #99dd74f6
@@ -866,6 +871,9 @@ def label_length(
         except KeyboardInterrupt:
             if best is None: raise
             result = replace(best, interrupted=True)
+        except ValueError:  # no such label was met: the shorter one stands
+            if best is None: raise
+            break
         if result.interrupted and best:  # half a search is not compared
             best = replace(best, interrupted=True)
             break

@@ -50,8 +50,9 @@ from .softlabel import embed_softlabel, log_softlabel
 
 # %% ../nbs/07_search.ipynb #de782040
 class Meter:
-    "Positions that have gone through a model, forward and back."
+    "What has gone through a model, forward and back."
     positions = 0
+    passes = 0
 
 
 @contextmanager
@@ -62,8 +63,9 @@ def count_positions(lm: LM) -> Iterator[Meter]:
     def note(module, arguments, options):
         inputs = options.get("inputs_embeds")
         if inputs is None: inputs = options["input_ids"] if "input_ids" in options else arguments[0]
-        back = torch.is_grad_enabled() and inputs.requires_grad
-        meter.positions += inputs.shape[0] * inputs.shape[1] * (2 if back else 1)
+        ways = 2 if torch.is_grad_enabled() and inputs.requires_grad else 1
+        meter.positions += ways * inputs.shape[0] * inputs.shape[1]
+        meter.passes += ways
 
     hook = lm.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try: yield meter
@@ -182,10 +184,11 @@ def settle(
 class Oracle:
     "What `oracle` found."
     feature: Feature
-    ranking: pd.DataFrame  # all labels: columns of `rank_labels` and exact; if that is False, losses are lower bounds
+    ranking: pd.DataFrame  # all labels: columns of `rank_labels`, but for `accuracy_heldout`, and exact; if that is False,
+    # losses are lower bounds
     top: int  # the first rows of the ranking, all exact and in their final place
     settings: dict  # how labels were scored, with the names of `LabelResult.settings`
-    positions: int  # what it cost, see `count_positions`
+    positions: int  # what it cost, see `count_positions`; prompts that this process has read before cost nothing
     seconds: float  # wall-clock time, of all calls together
 
     def save(self, folder: str | Path) -> Path:
@@ -207,8 +210,10 @@ class Oracle:
 def oracle_headline(found: Oracle) -> str:
     "The best label, and how much is known about the others."
     exact = int(found.ranking.exact.sum())
+    ranks = "1 rank is" if found.top == 1 else f"{found.top:,} ranks are"
+    rest = ", the others are out by a lower bound" if exact < len(found.ranking) else ""
     return (f"{found.feature.name}: {found.ranking.label[0]!r} is the best of {len(found.ranking):,} labels. "
-            f"{found.top:,} ranks are certain: {exact:,} losses were computed, the others are out by a lower bound. "
+            f"{ranks} certain: {exact:,} losses were computed{rest}. "
             f"{found.positions:,} positions, {found.seconds:.0f} s")
 
 
