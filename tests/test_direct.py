@@ -315,6 +315,7 @@ def test_an_example_that_just_fits_is_fine():
     judge = direct(lm, tokenize(words, lm), ASK_WORD)
     label, long = soft_labels(lm, 0, 1, 1), f'Say Yes or No.\nIs "{"z" * room}" a'
     assert len(lm.encode_start(long)) + 1 + len(judge.after) == 256
+    with pytest.raises(ValueError, match="takes"): direct(lm, tokenize(words, lm), ASK_WORD, label_tokens=2)
     with torch.no_grad():
         slow = naive_logits(lm, [(long, "? \nA: ", "yes", "no")], label[0])
         assert close(judge.logits(label, judge.batch())[0, :1], slow)
