@@ -70,7 +70,7 @@ def test_one_pass_gives_each_search_what_a_pass_of_its_own_gives(lm, label_token
     judges = [channel(lm, tokenize(feature, lm), PROMPTS) for feature in some_features(3)]
     torch.manual_seed(0)
     questions = [Query(judge, torch.randn(i + 1, label_tokens, lm.embedding.shape[1]).requires_grad_(),
-                          judge.batch(range(4 + 3 * i))) for i, judge in enumerate(judges)]
+                       judge.batch(range(4 + 3 * i))) for i, judge in enumerate(judges)]
     for turn in range(2):
         together = read_together(questions, turn)
         alone = [judge.read(label, batch, turn) for judge, label, batch in questions]
@@ -147,8 +147,11 @@ def test_a_feature_that_cannot_be_labelled_does_not_stop_the_others(lm):
 
 def test_baselines_that_are_forgotten_are_learned_again(lm, monkeypatch):
     kept = labels(dict(label_features(some_features(4), lm, together=2, **HOW)))
+    learn, before = module.learn_words, []
     monkeypatch.setattr(module, "KEPT", 0)
-    assert labels(dict(label_features(some_features(4), lm, together=2, **HOW))) == kept
+    monkeypatch.setattr(module, "learn_words", lambda known, words: before.append(len(known.baseline)) or learn(known, words))
+    assert labels(dict(label_features(some_features(4), lm, together=1, **HOW))) == kept
+    assert before.count(0) == 4  # once for each feature, and nothing is known then
 
 
 def test_a_stream_is_read_as_it_is_needed(lm):

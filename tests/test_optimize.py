@@ -24,8 +24,8 @@ from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
 from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, hard_end, hard_kl,
-                                 hard_loss, has_collapsed, label_feature, neighbors, rank_labels, relatives, schedule,
-                                 spelled, top_labels)
+                                 hard_loss, has_collapsed, label_feature, look_size, neighbors, rank_labels, relatives,
+                                 schedule, spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -607,6 +607,22 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
 ])
 def test_settings_that_cannot_work_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name): run(**{name: value})
+
+
+@pytest.mark.parametrize("active", [0.5, None])
+def test_data_of_one_class_are_refused_before_anything_is_read(active, monkeypatch):
+    monkeypatch.setitem(module.DISCRIMINATORS, "channel", None)  # would be called next
+    monkeypatch.setattr(Feature, "heldout_types", lambda *settings: frozenset(ACTIVE))
+    with pytest.raises(ValueError, match="units to fit are inactive; give more data"):
+        run(WORDS, weights=LossWeights(active=active))
+
+
+def test_a_look_at_questions_about_a_text_sees_as_many_as_one_at_words():
+    lm, ask = make_tiny_lm("llama"), {"words": "{word} {label}?", "texts": "{text} {token} {label}?"}
+    looks = {mode: look_size(Search(direct(lm, tokenize(feature, lm), Question(ask[mode], yes="1", no="0"))), 1 / 4)
+             for mode, feature in FEATURES.items()}
+    assert looks == {"words": 16, "texts": 16}
+    assert look_size(Search(channel(lm, tokenize(TEXTS, lm))), 1 / 4) == 2  # whole texts
 
 
 def test_an_unknown_discriminator_is_refused_with_those_there_are():

@@ -217,6 +217,7 @@ def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path):
     same(Oracle.load(found.save(tmp_path / "oracle")), found)
     assert repr(found.ranking.label[0]) in repr(found) and "3 ranks are certain" in repr(found)
     assert found._repr_html_().count("<tr") == 1 + 3
+    assert "1 rank is certain" in repr(replace(found, top=1)) and "are out" not in repr(ask(WORDS, labels=4, top=None))
 
 
 # --- many features at once ---------------------------------------------------------------------------------------------
