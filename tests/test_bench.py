@@ -88,7 +88,14 @@ def test_tables(tiny_lm):
     table = compare_steps(make_trial(lm, units=4), repeats=1, rates=gemm_rates(lm, (4, 64), repeats=1))
     assert list(table.index) == list(NAMES) and table.times[NAMES[2]] == 1
     assert (table[["GEMM share", "memory share", "positions", "GFLOP"]] > 0).all(axis=None)
-    assert set(bench(lm, repeats=1, units=4).index.levels[0]) == {"float32", "bfloat16"}
+    both = [torch.float32, torch.bfloat16]
+    assert set(bench(lm, repeats=1, units=4, dtypes=both).index.levels[0]) == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("native, formats", [(None, ["float32"]), (torch.bfloat16, ["float32", "bfloat16"])])
+def test_bfloat16_is_timed_where_the_processor_has_it(tiny_lm, monkeypatch, native, formats):
+    monkeypatch.setattr("tokenlabel.bench.fastest_dtype", lambda: native)
+    assert bench(tiny_lm("llama"), repeats=1, units=4).index.unique(0).tolist() == formats
 
 
 def test_costs_and_their_figure(tiny_lm):

@@ -33,7 +33,7 @@ from . import synthetic
 from .direct import PAPER_QUESTIONS, Direct, direct, encode_examples, examples, render, split_prompt
 from .discriminator import PROMPTS, Channel, channel, read_prompt
 from .feature import Feature, tokenize
-from .lm import LM, load_lm
+from .lm import LM, fastest_dtype, load_lm
 from .objective import LossWeights, objective
 from .optimize import label_feature
 from .plot import BLUE, GREEN, HEIGHT, ORANGE, VERMILLION, WIDTH, style
@@ -333,11 +333,11 @@ def bench(
     repeats: int = 5,
     mode: str = "words",  # or "texts"
     units: int = 20,
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-) -> pd.DataFrame:  # as from `compare_steps`, one part for each number format; `times` against (c) in the first
+    dtypes: Sequence[torch.dtype] | None = None,  # left out: float32, and bfloat16 where the device multiplies it
+) -> pd.DataFrame:  # as from `compare_steps`, one part for each number format
     "The steps in several number formats; raises ValueError if losses or gradients in float32 differ by more than 1e-4."
-    parts = {}
-    for dtype in dtypes:
+    parts, native = {}, lm.device.type != "cpu" or fastest_dtype() == torch.bfloat16
+    for dtype in dtypes or [torch.float32] + [torch.bfloat16] * native:
         trial = make_trial(_converted(lm, dtype), mode, units)
         if dtype == torch.float32: check_agreement(trial)
         parts[str(dtype).removeprefix("torch.")] = compare_steps(trial, repeats)
