@@ -139,7 +139,7 @@ def test_a_feature_without_both_classes_among_what_is_fitted_does_not_stop_the_o
     assert isinstance(found[1], ValueError) and "are active" in str(found[1]) and found[0].label == found[2].label
 
 
-def test_a_feature_that_cannot_be_labelled_does_not_stop_the_others(lm):
+def test_a_feature_that_cannot_be_labeled_does_not_stop_the_others(lm):
     long = Feature.from_texts("long", ["the cat " * 300, "a house"], [[(4, 7, 1.0)], []])
     found = dict(label_features([some_features(1)[0], long], lm, **HOW))
     assert isinstance(found[1], ValueError) and "tokens" in str(found[1]) and found[0].label
@@ -161,7 +161,7 @@ def test_a_stream_is_read_as_it_is_needed(lm):
     assert len(taken) <= 4
 
 
-def test_mistakes_show_before_anything_is_labelled(lm):
+def test_mistakes_show_before_anything_is_labeled(lm):
     for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
                   dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]),
                   dict(prompts="a {label}:"), dict(prompts=[]), dict(engine="processes")):  # the last: made in memory

@@ -7,6 +7,7 @@ __all__ = ['DISTRACTORS', 'EXPECTED', 'RIVALS', 'MOST', 'AUROC', 'LOW', 'spellin
            'EvaluatorCheck', 'headline', 'shown', 'check_evaluator', 'right_labels']
 
 # %% ../nbs/06b_evaluator.ipynb #463bcbcc
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,8 @@ def decide(
 ) -> tuple[str, str]:  # verdict, sentence
     'Whether the evaluator "can", "cannot" or "prefers another" label.'
     first, right = table.iloc[0], table[table.is_right].iloc[0]
-    found = f"{right.label!r} has AUROC {right.auroc:.2f} [{right.low:.2f}, {right.high:.2f}]"
+    low = math.floor(100 * right.low) / 100  # rounded down: a bound that is just missed should not look as if it were met
+    found = f"{right.label!r} has AUROC {right.auroc:.2f} [{low:.2f}, {right.high:.2f}]"
     if right.auroc < AUROC or right.low <= LOW:
         return "cannot", (f"The evaluator cannot label this feature: even {found}. "
                           f"At least {AUROC:.2f} is needed, and an interval above {LOW:.2f}.")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'MOST', 'KEPT', 'RETRIES', 'ENGINES', 'Known', 'read_prompts', 'learn_words', 'shared_channel', 'Query',
-           'forward_together', 'predict_together', 'read_together', 'ask_together', 'praised_together', 'step_together',
-           'search_together', 'Live', 'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler', 'start_actor',
-           'ray_worker', 'run_workers', 'label_features', 'read_features', 'result_row', 'read_results', 'label_file']
+           'forward_together', 'predict_together', 'read_together', 'inputs_together', 'praised_together',
+           'step_together', 'search_together', 'Live', 'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler',
+           'start_actor', 'ray_worker', 'run_workers', 'label_features', 'read_features', 'result_row', 'read_results',
+           'label_file']
 
 # %% ../nbs/06c_many.ipynb #9451deb5
 import json
@@ -36,7 +37,7 @@ from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (WEIGHTS, Asked, LabelResult, Search, _check_settings, check_classes, conclude, has_collapsed,
+from .optimize import (WEIGHTS, StepInput, LabelResult, Search, _check_settings, check_classes, conclude, has_collapsed,
                                  label_feature, new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
@@ -169,24 +170,24 @@ MOST = 1024  # positions of a pass with gradient
 KEPT = 2**17  # words or texts whose baselines are kept
 
 
-def ask_together(searches: Sequence[Search], drawn: Sequence[Batch]) -> list[Asked]:
-    "What `ask` gives for each search: all soft labels are multiplied with the embeddings at once."
+def inputs_together(searches: Sequence[Search], drawn: Sequence[Batch]) -> list[StepInput]:
+    "What `step_input` gives for each search: all soft labels are multiplied with the embeddings at once."
     log_p = [search.soft_labels() for search in searches]
     labels = embed_softlabel(torch.cat(log_p), searches[0].discriminator.lm).split([len(one) for one in log_p])
-    return [search.asked(*parts) for search, *parts in zip(searches, drawn, log_p, labels)]
+    return [search.make_step_input(*parts) for search, *parts in zip(searches, drawn, log_p, labels)]
 
 
 @torch.no_grad()
 def praised_together(
     searches: Sequence[Search],
-    asked: Sequence[Asked],
+    inputs: Sequence[StepInput],
     log_prior: Sequence[Tensor],  # of each search: [R, T, V]
 ) -> list[Tensor]:  # of each: long [R, T, k]
     "What the gradients praise, likewise at once."
-    count = [len(one.label) for one in asked]
+    count = [len(one.label) for one in inputs]
     kl = torch.tensor([search.weights.kl for search in searches]).repeat_interleave(torch.tensor(count))[:, None, None]
     lm = searches[0].discriminator.lm
-    return list(praised(torch.cat([one.label.grad for one in asked]), torch.cat(list(log_prior)), lm, kl.to(lm.device)
+    return list(praised(torch.cat([one.label.grad for one in inputs]), torch.cat(list(log_prior)), lm, kl.to(lm.device)
                         ).split(count))
 
 
@@ -200,19 +201,20 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
     for (turn, *_), chosen in groups.items():
         drawn = {i: searches[i].draw(searches[i].batch_size) for i in chosen}
         for part in _in_parts(searches, drawn, len(searches[chosen[0]].discriminator.prompts[turn].after)):
-            asked = dict(zip(part, ask_together([searches[i] for i in part], [drawn[i] for i in part])))
-            questions = [Query(searches[i].discriminator, asked[i].label, asked[i].batch) for i in part]
+            inputs = dict(zip(part, inputs_together([searches[i] for i in part], [drawn[i] for i in part])))
+            questions = [Query(searches[i].discriminator, inputs[i].label, inputs[i].batch) for i in part]
             answers = read_together(questions, turn)
-            losses = [searches[i].losses(asked[i], *answer) for i, answer in zip(part, answers)]
+            losses = [searches[i].losses(inputs[i], *answer) for i, answer in zip(part, answers)]
             torch.stack([loss.total.sum() for loss in losses]).sum().backward()
-            due = [i for i in part if asked[i].hard is not None]
+            due = [i for i in part if inputs[i].hard is not None]
             with torch.no_grad():
-                alone = read_together([Query(searches[i].discriminator, asked[i].hard, asked[i].batch) for i in due],
+                alone = read_together([Query(searches[i].discriminator, inputs[i].hard, inputs[i].batch) for i in due],
                                       turn) if due else []
             hard = {i: z for i, (z, _) in zip(due, alone)}
-            better = praised_together([searches[i] for i in part], [asked[i] for i in part], [prior for _, prior in answers])
+            better = praised_together([searches[i] for i in part], [inputs[i] for i in part],
+                                      [prior for _, prior in answers])
             for i, answer, loss, best in zip(part, answers, losses, better):
-                rows[i] = searches[i].learn(asked[i], loss, *answer, hard.get(i), best)
+                rows[i] = searches[i].learn(inputs[i], loss, *answer, hard.get(i), best)
     return [rows[i] for i in range(len(searches))]
 
 
@@ -232,7 +234,7 @@ def search_together(
     jobs: Iterable[tuple[int, Job]],  # each with a number
     lm: LM,
     together: int = TOGETHER,
-) -> Iterator[tuple[int, LabelResult | Exception]]:  # as they finish; an error where a feature cannot be labelled
+) -> Iterator[tuple[int, LabelResult | Exception]]:  # as they finish; an error where a feature cannot be labeled
     "Label features with the channel discriminator, so many at a time."
     known, live, waiting, source = {}, {}, [], iter(jobs)
     while True:
@@ -444,7 +446,7 @@ def label_features(
     together: int = TOGETHER,  # features that a worker labels at the same time
     **options,  # arguments of `label_feature` for all of them, but for `progress`
 ) -> Iterator[tuple[int, LabelResult | Exception]]:  # number of the feature, as they finish
-    """Label many features with the channel discriminator. Where a feature cannot be labelled, its error takes the place
+    """Label many features with the channel discriminator. Where a feature cannot be labeled, its error takes the place
     of the result. Raises ValueError for bad arguments, and ImportError for the engine "ray" without Ray."""
     if engine not in ENGINES: raise ValueError(f"there is no engine {engine!r}; there is {', '.join(ENGINES)}")
     for name, count in ("workers", workers), ("threads", threads), ("together", together):
@@ -517,7 +519,7 @@ def label_file(
     out: str | Path,  # JSON lines: see `result_row`
     lm: LM,
     **options,  # arguments of `label_features`
-) -> int:  # features labelled by this call
+) -> int:  # features labeled by this call
     """Label the features of a file that have no line in `out` yet, be it a result or an error.
 
     Raises ValueError if `out` has results of other settings or something else, and for a name that is there twice;

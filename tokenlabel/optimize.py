@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Label', 'GAP_EVERY', 'SURE', 'MOST', 'SECOND', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS', 'STEMS', 'STARTS',
            'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'schedule', 'initial_v', 'initial_slots',
-           'draw_items', 'praised', 'replaced', 'top_labels', 'spelled', 'Asked', 'Search', 'has_collapsed', 'Scores',
-           'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'look_size', 'best_by_look', 'shortlist',
-           'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives', 'polish', 'LabelResult', 'ranking_head',
-           'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder', 'save_result',
-           'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
+           'draw_items', 'praised', 'replaced', 'top_labels', 'spelled', 'StepInput', 'Search', 'has_collapsed',
+           'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'look_size', 'best_by_look',
+           'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives', 'polish', 'LabelResult',
+           'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder',
+           'save_result', 'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -143,8 +143,8 @@ def spelled(
     return text if len(label) == 1 or tuple(lm.encode(text)) == label else None
 
 # %% ../nbs/06_optimize.ipynb #c7430e6a
-class Asked(NamedTuple):
-    "A step of a search, as far as the discriminator's turn."
+class StepInput(NamedTuple):
+    "What a step of a search gives the discriminator to judge."
     batch: Batch | DirectBatch
     temperature: float
     entropy_weight: float
@@ -209,59 +209,60 @@ class Search:
 
     def step(self) -> list[dict]:
         "One step of gradient descent. Gives one row of the trace for each restart, as it was before the step."
-        asked = self.ask()
-        z, log_prior = self.discriminator.read(asked.label, asked.batch, turn=self.done)
-        losses = self.losses(asked, z, log_prior)
+        inputs = self.step_input()
+        z, log_prior = self.discriminator.read(inputs.label, inputs.batch, turn=self.done)
+        losses = self.losses(inputs, z, log_prior)
         losses.total.sum().backward()
         with torch.no_grad():
-            hard = None if asked.hard is None else self.discriminator.logits(asked.hard, asked.batch, turn=self.done)
-        return self.learn(asked, losses, z, log_prior, hard)
+            hard = None if inputs.hard is None else self.discriminator.logits(inputs.hard, inputs.batch, turn=self.done)
+        return self.learn(inputs, losses, z, log_prior, hard)
 
-    def ask(self) -> Asked:
+    def step_input(self) -> StepInput:
         "What the discriminator is to judge in this step."
         log_p = self.soft_labels()
-        return self.asked(self.draw(self.batch_size), log_p, embed_softlabel(log_p, self.discriminator.lm))
+        return self.make_step_input(self.draw(self.batch_size), log_p, embed_softlabel(log_p, self.discriminator.lm))
 
     def soft_labels(self) -> Tensor:  # [R, T, V]
         "Their log-probabilities in this step."
         return self.log_p(schedule(self.done, self.steps, self.temperature, self.ramp)[0])
 
-    def asked(self, batch: Batch | DirectBatch, log_p: Tensor, label: Tensor) -> Asked:
-        "What `ask` gives, when data, soft labels and their embeddings are there."
+    def make_step_input(self, batch: Batch | DirectBatch, log_p: Tensor, label: Tensor) -> StepInput:
+        "What `step_input` gives, when data, soft labels and their embeddings are there."
         lm = self.discriminator.lm
         temperature, share = schedule(self.done, self.steps, self.temperature, self.ramp)
         label.retain_grad()
         self.adam.zero_grad()
         most, ids = log_p.detach().max(-1)
         hard = lm.embed(ids) if self.done % GAP_EVERY == 0 or bool((most > math.log(SURE)).all()) else None
-        return Asked(batch, temperature, share * self.weights.entropy, log_p, label, hard)
+        return StepInput(batch, temperature, share * self.weights.entropy, log_p, label, hard)
 
-    def losses(self, asked: Asked, z: Tensor, log_prior: Tensor) -> Losses:
+    def losses(self, inputs: StepInput, z: Tensor, log_prior: Tensor) -> Losses:
         "The objective of each restart, from what the discriminator's `read` gives."
-        fit, activation = self._to_fit(asked)
-        return objective(z[:, fit], activation, asked.log_p, log_prior,
-                         replace(self.weights, entropy=asked.entropy_weight), self.discriminator.scaled, self.calibrated)
+        fit, activation = self._to_fit(inputs)
+        return objective(z[:, fit], activation, inputs.log_p, log_prior,
+                         replace(self.weights, entropy=inputs.entropy_weight), self.discriminator.scaled, self.calibrated)
 
-    def _to_fit(self, asked: Asked) -> tuple[Tensor, Tensor]:  # bool [U]; their activation
-        tokens, unit = self.discriminator.tokens, asked.batch.unit
+    def _to_fit(self, inputs: StepInput) -> tuple[Tensor, Tensor]:  # bool [U]; their activation
+        tokens, unit = self.discriminator.tokens, inputs.batch.unit
         fit = ~tokens.heldout[unit]
         return fit, tokens.activation[unit][fit].to(self.v.device)
 
     @torch.no_grad()
     def learn(
         self,
-        asked: Asked,
+        inputs: StepInput,
         losses: Losses,
         z: Tensor,  # [R, U]
         log_prior: Tensor,  # [R, T, V]
-        hard: Tensor | None,  # [R, U], logits of `asked.hard`
+        hard: Tensor | None,  # [R, U], logits of `inputs.hard`
         better: Tensor | None = None,  # what `praised` gives for this step; left out: computed
     ) -> list[dict]:
         "Move v by its gradient, and give the rows of the trace."
-        _, temperature, entropy_weight, log_p, label, _ = asked
-        lm, (fit, activation) = self.discriminator.lm, self._to_fit(asked)
+        _, temperature, entropy_weight, log_p, label, _ = inputs
+        lm, (fit, activation) = self.discriminator.lm, self._to_fit(inputs)
         z = z[:, fit]
-        alone = torch.full_like(losses.accuracy, torch.nan) if hard is None else self.losses(asked, hard, log_prior).accuracy
+        if hard is None: alone = torch.full_like(losses.accuracy, torch.nan)
+        else: alone = self.losses(inputs, hard, log_prior).accuracy
         self.adam.step()
         tops = [top_labels(p, lm) for p in log_p.detach()]
         if better is None: better = praised(label.grad, log_prior, lm, self.weights.kl)

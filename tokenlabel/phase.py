@@ -131,7 +131,7 @@ def load_maps(
 LOOK = {RIGHT: (BLUE, "white"), FAVORITE: (ORANGE, BLACK), OTHER: (PURPLE, BLACK), MIXED: ("#E4E4E4", BLACK)}
 
 
-def _short(token: str, most: int = 9) -> str:
+def _short(token: str, most: int = 11) -> str:
     text = drawable(token)
     return text if len(text) <= most else text[:most - 1] + "…"
 
@@ -151,7 +151,8 @@ def plot_phase_map(
         x, y = kls.index(row.kl), entropies.index(row.entropy)
         color, ink = LOOK[row.phase]
         ax.add_patch(plt.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, color=color, linewidth=0))
-        ax.text(x, y, f"{_short(row.token)}\n{100 * row.probability:.0f} %", ha="center", va="center", fontsize=6.5, color=ink)
+        ax.text(x, y, f"{_short(row.token)}\n{100 * row.probability:.0f} %", ha="center", va="center", color=ink,
+                fontsize=6.5 if len(row.token) < 10 else 5.5)
     ax.set(xlim=(-0.5, len(kls) - 0.5), ylim=(-0.5, len(entropies) - 0.5), xlabel="weight of KL",
            ylabel="weight of entropy")
     ax.set_xticks(range(len(kls)), [f"{k:g}" for k in kls])
