@@ -264,6 +264,18 @@ def test_the_levels_of_a_row_put_together_are_the_row(pairs):
         assert found == row
 
 
+def test_a_token_may_be_named_before_its_text(monkeypatch):
+    "Then the units of a text have little in common, and a text of several units nothing of its own."
+    lm, question = make_tiny_lm("llama"), Question('Word "{token}" of "{text}": is it {label}?', chat=False)
+    feature = Feature.from_texts("t", [*(f"the cat sat {i}" for i in range(6)), "dog"], [[(4, 7, 1.0)]] * 6 + [[(0, 3, 1.0)]])
+    label, found = lm.embed([[70]]), []
+    for read, memory in ((10_000, 1e9), (30, 1e9), (30, 0.0)):
+        monkeypatch.setattr(module, "READ", read)
+        judge = direct(lm, tokenize(feature, lm), question, memory=memory)
+        found.append(judge.logits(label, judge.batch()))
+    for z in found[1:]: assert torch.allclose(z, found[0], atol=1e-4)
+
+
 def test_a_word_of_a_text_is_named_as_it_stands_there():
     lm = make_tiny_lm("llama")
     feature = Feature.from_texts("x", ["The Cats, 24 of them", "it  was {label} red"], [[(4, 8, 1.0)], []])

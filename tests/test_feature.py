@@ -1,13 +1,17 @@
 import json
 import os
 import re
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model, tiny_tokenizer
 from hypothesis import assume, example, given, settings, strategies as st
+from tokenizers import normalizers
 
-from tokenlabel.feature import Feature, Span, draw_types, occurrences, pieces, tokenize, word_types
+from tokenlabel.feature import Feature, Span, draw_types, occurrences, pieces, token_ranges, tokenize, word_types
+from tokenlabel.lm import load_lm
 
 quick = settings(max_examples=60, deadline=None)
 activations = st.floats(0, 1)
@@ -321,6 +325,29 @@ def test_tokens_take_the_activation_of_their_span(lm, sentences):
     chinese = [string for string, kind in zip(data.strings, data.types) if kind and kind in "我们都喜欢狗"]
     assert len(chinese) > 2 and "".join(chinese).strip("·") == "我们都喜欢狗"
     assert {a for k, a in zip(data.types, data.activation.tolist()) if k == ""} == {0.0}
+
+
+def test_a_word_of_a_script_without_spaces_is_not_on_both_sides_of_the_split(lm):
+    texts = ["แมวกินปลา", "แมวนอนหลับ", "หมากินข้าว", "หมานอนหลับ", "ฉันเห็นแมว", "ฉันกินข้าว", "เขาเห็นปลา", "เขานอนหลับ"]
+    cats = [[(at, at + 3, 1.0)] if (at := text.find("แมว")) >= 0 else [] for text in texts]
+    feature = Feature.from_texts("cat", texts, cats)
+    for seed in range(5):
+        data = tokenize(feature, lm, feature.heldout_types(0.3, seed))
+        string = [text.removeprefix("·") for text in data.strings]
+        assert not {s for s, out in zip(string, data.heldout) if out} & {s for s, out in zip(string, data.heldout) if not out}
+
+
+def test_what_a_tokenizer_composes_is_covered_whole():
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    lm = load_lm(tiny_model("llama"), tokenizer=tokenizer)
+    for word in ("Việt", "café", "한국", "naïve"):
+        text = unicodedata.normalize("NFD", f"the {word} is")
+        covered = {i for start, end in token_ranges(text, lm)[1] for i in range(start, end)}
+        assert covered >= {i for i, character in enumerate(text) if character != " "}, word
+    text = unicodedata.normalize("NFD", "the Việt is")
+    data = tokenize(Feature.from_texts("x", [text], [[(0, 3, 1.0)]]), lm)
+    assert data.types == ("the", text.split()[1].casefold(), "is")  # one unit each
 
 
 def test_a_span_that_cuts_a_token_is_refused_with_the_nearest_that_does_not(lm):

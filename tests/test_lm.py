@@ -211,6 +211,24 @@ def test_a_model_with_a_lying_embedding_is_refused():
         load_lm(model, tokenizer=tiny_tokenizer(bos=False))
 
 
+SMALL = dict(vocab_size=MODEL_SIZE, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("config", [
+    transformers.Mamba2Config(**SMALL, state_size=8, num_heads=8, head_dim=8, n_groups=1),
+    transformers.MptConfig(vocab_size=MODEL_SIZE, d_model=32, n_heads=4, n_layers=2),
+    transformers.BloomConfig(vocab_size=MODEL_SIZE, hidden_size=32, n_layer=2, n_head=4),
+    transformers.GPTNeoConfig(**SMALL | dict(num_layers=2), num_heads=4, attention_types=[[["global", "local"], 1]]),
+], ids=lambda config: config.model_type)
+def test_a_model_that_cannot_read_words_side_by_side_is_refused(config):
+    "Recurrent models, and attention that counts places in memory in place of positions."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"^{type(model).__name__}: .* not supported"):
+        load_lm(model, tokenizer=tiny_tokenizer(bos=False))
+
+
 def test_wrong_sources_are_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="needs its tokenizer"):
         load_lm(tiny_model("llama"))
@@ -558,4 +576,7 @@ def test_the_fingerprint_follows_the_content():
         model.config._name_or_path = "elsewhere"
 
     assert fingerprint() == fingerprint() == fingerprint(change=rename)
+    used = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(False))
+    used.tokenizer(["the cat", "a dog and the horse"], padding=True, truncation=True, max_length=4)  # it keeps these
+    assert used.fingerprint == fingerprint()
     assert len({fingerprint(), fingerprint(seed=1), fingerprint(bos=True), fingerprint(change=nudge)}) == 4

@@ -223,17 +223,36 @@ def test_files_of_features(tmp_path):
     lines = write(tmp_path / "a.jsonl", features)
     table = pa.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
     pq.write_table(table, tmp_path / "a.parquet")
-    assert list(read_features(lines)) == features == list(read_features(tmp_path / "a.parquet"))
+    named = [(one.name, one) for one in features]
+    assert list(read_features(lines)) == named == list(read_features(tmp_path / "a.parquet"))
     text = dict(name="x", texts=["a cat", "b"], spans=[[[2, 5, 1.0]], []])
     (tmp_path / "b.jsonl").write_text(json.dumps(text) + '\n{"name": "y"}\n')
-    stream = read_features(tmp_path / "b.jsonl")
-    assert next(stream).mode == "texts"
-    with pytest.raises(ValueError, match="feature 2"): next(stream)
+    (_, feature), (name, error) = read_features(tmp_path / "b.jsonl")
+    assert feature.mode == "texts" and name == "y" and "b.jsonl, feature 2" in str(error)
     (tmp_path / "c.jsonl").write_text(json.dumps(text) + "\n\n", encoding="utf-8-sig")
     assert len(list(read_features(tmp_path / "c.jsonl"))) == 1
-    for wrong in ('[1]', '{"name"', '{"name": "x", "words": ["a", "b", "a"], "activations": [1, 0, 0]}'):
+    for wrong in ('[1]', '{"name"', '{"words": ["a"]}', '{"name": ["x"]}', '{"name": "\\ud800"}'):
         (tmp_path / "d.jsonl").write_text(wrong)
         with pytest.raises(ValueError, match="d.jsonl, feature 1"): list(read_features(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize("spans", [[[[4, 7, 0.9]], []], [[dict(start=4, end=7, activation=0.9)], []]])
+def test_spans_with_fractional_activations_are_read_from_parquet(tmp_path, spans):
+    pq.write_table(pa.Table.from_pylist([dict(name="t", texts=["the cat", "a dog"], spans=spans)]), tmp_path / "a.parquet")
+    [(_, feature)] = read_features(tmp_path / "a.parquet")
+    assert feature == Feature.from_texts("t", ["the cat", "a dog"], [[(4, 7, 0.9)], []])
+
+
+def test_a_dead_feature_gets_a_line_and_stops_nobody(stored, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", some_features(4)), tmp_path / "out.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for i in (1, 3): rows[i]["activations"] = [0.0] * len(rows[i]["words"])
+    rows.append(dict(name="twice", words=["a", "b", "a"], activations=[1, 0, 0]))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [label_file(source, out, stored, together=2, **HOW) for _ in range(2)] == [5, 0]
+    found = {row["name"]: row for row in map(json.loads, out.read_text().splitlines()[1:])}
+    assert [("error" in found[row["name"]]) for row in rows] == [False, True, False, True, True]
+    assert "feature 2: feature 'x1' has nothing active" in found[rows[1]["name"]]["error"].replace(rows[1]["name"], "x1")
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', '{"a": 1}\n{"b"', "notes\n", '{"name": "x"}\n{"name": "y"}\n'])

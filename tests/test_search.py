@@ -1,5 +1,7 @@
 """The oracle: true bounds, exact ranks, killed and continued; and its rivals, who pay for all that they ask."""
+import gc
 import math
+import weakref
 from dataclasses import replace
 from functools import lru_cache
 
@@ -309,6 +311,16 @@ def test_a_race_in_bfloat16(rival):
     table = race(RIVALS[rival], channel(lm, tokenize(WORDS, lm)), 300)
     expected = by_hand(WORDS).loss.reindex(table.token_id)
     assert lm.dtype == torch.bfloat16 and np.isfinite(table.loss).all() and expected.notna().all()
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_model_is_not_kept_by_a_race(rival):
+    lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True))
+    race(RIVALS[rival], channel(lm, tokenize(WORDS, lm)), 100)
+    seen = weakref.ref(lm)
+    del lm
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize("rival", RIVALS)

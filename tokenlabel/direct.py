@@ -207,7 +207,8 @@ def read_on(
 ) -> tuple[Past, Tensor]:  # of the new tokens alone; last hidden state of each row [R, d]
     "Read token ids behind what each row has read before."
     lengths = torch.tensor([len(row) for row in ids], device=lm.device)
-    padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], batch_first=True).to(lm.device)
+    # at least one position, to be ignored if nobody has anything to read
+    padded = pad_sequence([torch.tensor(row or [0]) for row in ids], batch_first=True).to(lm.device)
     hidden, cache = forward(lm, past, lm.embed(padded), lengths)
     W = padded.shape[1]
     own = tuple((layer.keys[:, :, -W:], layer.values[:, :, -W:]) for layer in cache.layers)

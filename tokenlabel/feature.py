@@ -6,8 +6,8 @@
 __all__ = ['ACTIVE', 'UNSPACED', 'PIECE', 'KEYS', 'SHOWN', 'CROP', 'Span', 'check_activation', 'excerpt', 'located', 'check_text',
            'check_spans', 'merge_words', 'Feature', 'pieces', 'is_word', 'overlaps', 'occurrences', 'word_types',
            'draw_types', 'parse_line', 'read_jsonl', 'write_jsonl', 'shown', 'header', 'mark', 'feature_text',
-           'feature_html', 'TokenizedFeature', 'token_ranges', 'nearest_span', 'token_activation', 'token_type',
-           'continues_unit', 'tokenize']
+           'feature_html', 'TokenizedFeature', 'token_ranges', 'fill_gaps', 'nearest_span', 'token_activation',
+           'token_type', 'continues_unit', 'tokenize']
 
 # %% ../nbs/01_feature.ipynb #5ed1b081
 import json, operator, os, re, textwrap, unicodedata
@@ -185,8 +185,8 @@ def _from_activations(name: str, activations: Mapping[str, float]) -> Feature:
     return Feature(name, "words", tuple(activations), tuple((Span(0, len(w), a),) for w, a in activations.items()))
 
 # %% ../nbs/01_feature.ipynb #475d7976
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # each character counts as a word
-PIECE = regex.compile(rf"{UNSPACED}|[[\w\p{{M}}]--{UNSPACED}]+|[^\w\p{{M}}\s\x1c-\x1f]+", regex.V1)
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"  # each character is a word
+PIECE = regex.compile(rf"{UNSPACED}\p{{M}}*|[[\w\p{{M}}]--{UNSPACED}]+|[^\w\p{{M}}\s\x1c-\x1f]+", regex.V1)
 
 def pieces(
     text: str,
@@ -374,7 +374,19 @@ def token_ranges(
         start, end = max(start - 1, 0), max(end - 1, 0)  # without the space put before
         if start == end and text[:end][-1:] in ("", " ") and text[end:end + 1].strip(): end += 1
         ranges.append((start, end))
-    return ids, ranges
+    return ids, fill_gaps(text, ranges)
+
+
+def fill_gaps(
+    text: str,
+    ranges: Sequence[tuple[int, int]],  # of the tokens
+) -> list[tuple[int, int]]:
+    "Ranges that end where the next one, or white space, begins: a tokenizer that composes characters names the first only."
+    reach, limit = {}, len(text)
+    for start, end in sorted({here for here in ranges if here[0] < here[1]}, reverse=True):
+        skipped = re.match(r"\S*", text[end:limit]).end()
+        reach[start, end], limit = (start, end + skipped), start
+    return [reach.get(here, here) for here in ranges]
 
 # %% ../nbs/01_feature.ipynb #62381356
 def nearest_span(
@@ -424,7 +436,7 @@ def continues_unit(
     "Whether a token belongs to the same word as the token before it."
     (s0, e0), (s, e) = before, here
     if s == e or s0 == e0: return False
-    if before == here: return True  # fragments of one character
+    if s0 == s: return True  # fragments of one character, or a space and its word
     wide = unicodedata.east_asian_width(text[s]) in "WF"  # Chinese, Japanese, Korean
     return s == e0 and not wide and any(start <= s0 and e <= end for start, end, _ in found)
 

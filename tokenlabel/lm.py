@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
@@ -437,7 +437,9 @@ def _fingerprint(model: PreTrainedModel, tokenizer) -> str:
     for key in ("_name_or_path", "transformers_version"):  # where it came from, not what it is
         config.pop(key, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= dict(padding=None, truncation=None)  # how it was called last, not what it is
+    digest.update(json.dumps(backend, sort_keys=True).encode())
     digest.update(json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str).encode())
     return digest.hexdigest()
 
@@ -457,11 +459,39 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _reads_branches(lm: LM, ids: Tensor) -> bool:  # ids: [1, 5]
+    "Whether behind a cached beginning two branches are read, side by side, as each would be read alone."
+    base, embedded, cache = lm.model.base_model, lm.embed(ids), DynamicCache()
+    base(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+    cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    seen = torch.ones(3, 5, dtype=torch.bool).tril(2)
+    seen[2, 3] = False  # the last token follows the third, and not the fourth
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min).to(lm.device, lm.dtype)
+    positions = torch.tensor([[2, 3, 3]], device=lm.device)
+    packed = base(inputs_embeds=embedded[:, 2:], position_ids=positions, attention_mask=mask[None, None],
+                  past_key_values=cache, use_cache=True).last_hidden_state
+    alone = base(inputs_embeds=embedded[:, [0, 1, 2, 4]], use_cache=False).last_hidden_state
+    return _close(packed[:, [0, 2]], alone[:, 2:])
+
+
 @_one_thread()
 @torch.no_grad()
 def _probe(lm: LM) -> LM:
-    "`lm` with its `logit_scale` measured; raises ValueError if the model is not what `embed` and `logits` assume."
+    "`lm` with its `logit_scale` measured; raises ValueError if the model is not what this package assumes."
     kind = type(lm.model).__name__
+    try: return _measured(lm, kind)
+    except torch.OutOfMemoryError: raise
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(kind): raise
+        raise ValueError(f"{kind}: a test of what the package needs of it failed ({type(error).__name__}: {error}); "
+                         "this architecture is not supported") from error
+
+
+def _measured(lm: LM, kind: str) -> LM:
+    "As `_probe`, with messages that begin with `kind`."
+    if "local" in (getattr(lm.model.config, "attention_layers", None) or ()):  # as in GPT-Neo
+        raise ValueError(f"{kind}: its local attention counts places in memory, where words that are read side by side "
+                         "would push each other out of sight; this architecture is not supported")
     ids = lm.admissible.nonzero()[:, 0][::max(1, int(lm.admissible.sum()) // 5)][None, :5]  # [1, 5], spread out
     embedded = lm.embed(ids)
     if not _close(lm.model.get_input_embeddings()(ids), embedded):
@@ -477,6 +507,9 @@ def _probe(lm: LM) -> LM:
     if not _close(lm.logits(hidden), expected):
         raise ValueError(f"{kind}: its logits are not a function of its last hidden state and its output layer that "
                          "this package knows (linear, scaled, soft-capped); this architecture is not supported")
+    if not _reads_branches(lm, ids):
+        raise ValueError(f"{kind}: it does not read a token behind others by position and mask alone, so that words "
+                         "cannot be read side by side; this architecture is not supported")
     return lm
 
 # %% ../nbs/00_lm.ipynb #dfd9e6bd

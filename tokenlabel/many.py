@@ -34,7 +34,7 @@ from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _ga
                                       check_length, check_prompts, marginal_log_probs, next_log_prior, pack,
                                       read_prompt)
 from .experiment import Job, _failure, _load_again, _send, start_workers
-from .feature import Feature, TokenizedFeature, merge_words, tokenize
+from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
 from .optimize import (WEIGHTS, StepInput, LabelResult, Search, _check_settings, check_classes, conclude, has_collapsed,
@@ -468,22 +468,35 @@ def _job(one: Feature | Job, options: dict) -> Job:
     return Job(one.name, one.feature, options | one.options) if isinstance(one, Job) else Job(one.name, one, options)
 
 # %% ../nbs/06c_many.ipynb #a5aba3ce
-def read_features(path: Path) -> Iterator[Feature]:
-    "Features from JSON lines or Parquet, one by one; raises ValueError that names the line."
+def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; the error of one that has none
+    "Features from JSON lines or Parquet, one by one; raises ValueError for a row that is none or that has no name."
     parquet = path.suffix == ".parquet"
     rows = _parquet_rows(path) if parquet else filter(str.strip, path.open(encoding="utf-8-sig"))
     for number, row in enumerate(rows, 1):
-        try: yield _feature(row if parquet else json.loads(row))
+        with located(f"{path.name}, feature {number}"):
+            if not parquet: row = json.loads(row)
+            if not isinstance(row, dict): raise ValueError(f"expected an object with a name, got {excerpt(row)}")
+            name = check_text(row.get("name"))
+        try: feature = _feature(row)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path.name}, feature {number}: {error!r}") from None
+            feature = ValueError(f"{path.name}, feature {number}: {error if type(error) is ValueError else repr(error)}")
+        yield name, feature
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=256): yield from batch.to_pylist()
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            if row.get("spans") is not None: row["spans"] = [list(map(_span, given)) for given in row["spans"]]
+            yield row
+
+
+def _span(given: dict | list) -> list:
+    "A list has one type in Parquet, so that with a fractional activation its start and end are fractions, too."
+    start, end, activation = (given[key] for key in ("start", "end", "activation")) if isinstance(given, dict) else given
+    return [*(int(place) if place == int(place) else place for place in (start, end)), activation]
 
 
 def _feature(row: dict) -> Feature:
-    if not isinstance(row, dict): raise TypeError(f"expected an object with a name, got {row!r}")
     if row.get("words") is not None:
         if len(row["words"]) != len(row["activations"]): raise ValueError("words and activations differ in number")
         pairs = zip(row["words"], row["activations"])
@@ -519,30 +532,38 @@ def label_file(
     out: str | Path,  # JSON lines: see `result_row`
     lm: LM,
     **options,  # arguments of `label_features`
-) -> int:  # features labeled by this call
+) -> int:  # features that got a line by this call
     """Label the features of a file that have no line in `out` yet, be it a result or an error.
 
-    Raises ValueError if `out` has results of other settings or something else, and for a name that is there twice;
-    filelock.Timeout if another process is writing there."""
+    A feature that cannot be one, as nothing in it is active, gets a line with the error. Raises ValueError if `out` has
+    results of other settings or something else, and for a name that is missing or there twice; filelock.Timeout if another process is writing there."""
     source, out = Path(source), Path(out)
     own = {name: options[name] for name in options if name not in ("engine", "workers", "threads", "together")}
     made = json.loads(json.dumps(dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings_of(lm, own))))
     with FileLock(f"{out}.lock", timeout=0):
         head, rows = read_results(out)
         if head not in (None, made): raise ValueError(f"{out} has results of other settings; give a new file")
-        done, seen, names, count = {row["name"] for row in rows}, set(), {}, 0
+        done, seen, names, refused, count = {row["name"] for row in rows}, set(), {}, [], 0
 
         def missing() -> Iterator[Feature]:
-            for feature in read_features(source):
-                if feature.name in seen: raise ValueError(f"{source.name} has the name {feature.name!r} twice")
-                seen.add(feature.name)
-                if feature.name in done: continue
-                names[len(names)] = feature.name
-                yield feature
+            for name, feature in read_features(source):
+                if name in seen: raise ValueError(f"{source.name} has the name {name!r} twice")
+                seen.add(name)
+                if name in done: continue
+                if isinstance(feature, Exception): refused.append((name, feature))
+                else:
+                    names[len(names)] = name
+                    yield feature
+
+        def results() -> Iterator[tuple[str, LabelResult | Exception]]:
+            for number, result in label_features(missing(), lm, **options):
+                yield names[number], result
+                while refused: yield refused.pop(0)
+            yield from refused
 
         with out.open("a", encoding="utf-8", buffering=1) as stream:
             if head is None: stream.write(json.dumps(made) + "\n")
-            for number, result in label_features(missing(), lm, **options):
-                stream.write(json.dumps(result_row(names[number], result), ensure_ascii=False) + "\n")
+            for name, result in results():
+                stream.write(json.dumps(result_row(name, result), ensure_ascii=False) + "\n")
                 count += 1
         return count

@@ -16,6 +16,7 @@ import base64
 import io
 import json
 import math
+import operator
 import os
 import tempfile
 import time
@@ -796,15 +797,19 @@ def conclude(
 
 
 def _check_settings(settings: dict) -> None:
-    if not isinstance(settings["label_tokens"], int):
-        raise ValueError(f"label_tokens={settings['label_tokens']!r} is neither a whole number nor \"auto\"")
+    for name in ("label_tokens", "restarts", "steps", "candidates", "batch_size", "seed"):
+        try: settings[name] = operator.index(settings[name]) if settings[name] is not None else None
+        except TypeError:
+            kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
+            raise ValueError(f"{name}={settings[name]!r} is {kind}") from None
     for name in ("label_tokens", "restarts", "steps", "candidates", "lr"):
-        if not settings[name] > 0: raise ValueError(f"{name}={settings[name]} is not positive")
+        if not 0 < settings[name] < math.inf: raise ValueError(f"{name}={settings[name]} is not positive and finite")
     if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
     for name in ("temperature", "ramp", "init"):
-        if len(settings[name]) != 2: raise ValueError(f"{name}={settings[name]} is not a pair of numbers")
+        if len(settings[name]) != 2 or not all(map(math.isfinite, settings[name])):
+            raise ValueError(f"{name}={settings[name]} is not a pair of finite numbers")
     if not min(settings["temperature"]) > 0:
         raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
 

@@ -20,10 +20,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -555,8 +555,12 @@ def gcg(task: Task, promising: int = 256, tries: int = 32) -> Iterator[None]:
         yield
 
 # %% ../nbs/07_search.ipynb #a16bb05d
-@lru_cache(maxsize=1)
-def _directions(lm: LM) -> Tensor: return normalize(lm.embedding.float(), dim=-1)  # [V, d]
+_unit = WeakKeyDictionary()  # LM -> [V, d]
+
+
+def _directions(lm: LM) -> Tensor:  # [V, d], float32
+    if lm not in _unit: _unit[lm] = normalize(lm.embedding.float(), dim=-1)
+    return _unit[lm]
 
 
 def pez(task: Task, restarts: int = 3, lr: float = 0.1, weight_decay: float = 0.1) -> Iterator[None]:
