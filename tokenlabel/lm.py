@@ -459,57 +459,57 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _reads_branches(lm: LM, ids: Tensor) -> bool:  # ids: [1, 5]
-    "Whether behind a cached beginning two branches are read, side by side, as each would be read alone."
-    base, embedded, cache = lm.model.base_model, lm.embed(ids), DynamicCache()
-    base(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
-    cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
-    seen = torch.ones(3, 5, dtype=torch.bool).tril(2)
-    seen[2, 3] = False  # the last token follows the third, and not the fourth
+def _reads_branches(
+    lm: LM,
+    ids: Tensor,  # [1, 5]
+    cache: DynamicCache,  # of these
+    hidden: Tensor,  # [1, 5, d], their last hidden states
+) -> bool:
+    "Whether the last three are read as before, behind the cache of the first two and past a token of another branch."
+    before = DynamicCache([(layer.keys[:, :, :2], layer.values[:, :, :2]) for layer in cache.layers])
+    order = [2, 0, 3, 4]  # here the first token, as one that follows the third
+    seen = torch.ones(4, 6, dtype=torch.bool).tril(2)
+    seen[2:, 3] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min).to(lm.device, lm.dtype)
-    positions = torch.tensor([[2, 3, 3]], device=lm.device)
-    packed = base(inputs_embeds=embedded[:, 2:], position_ids=positions, attention_mask=mask[None, None],
-                  past_key_values=cache, use_cache=True).last_hidden_state
-    alone = base(inputs_embeds=embedded[:, [0, 1, 2, 4]], use_cache=False).last_hidden_state
-    return _close(packed[:, [0, 2]], alone[:, 2:])
+    packed = lm.model.base_model(
+        inputs_embeds=lm.embed(ids)[:, order], position_ids=torch.tensor([[2, 3, 3, 4]], device=lm.device),
+        attention_mask=mask[None, None], past_key_values=before, use_cache=True).last_hidden_state
+    return _close(packed[:, [0, 2, 3]], hidden[:, 2:])
 
 
-@_one_thread()
-@torch.no_grad()
-def _probe(lm: LM) -> LM:
-    "`lm` with its `logit_scale` measured; raises ValueError if the model is not what this package assumes."
-    kind = type(lm.model).__name__
-    try: return _measured(lm, kind)
-    except torch.OutOfMemoryError: raise
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        if str(error).startswith(kind): raise
-        raise ValueError(f"{kind}: a test of what the package needs of it failed ({type(error).__name__}: {error}); "
-                         "this architecture is not supported") from error
-
-
-def _measured(lm: LM, kind: str) -> LM:
-    "As `_probe`, with messages that begin with `kind`."
+def _measured(lm: LM) -> tuple[LM, str]:  # with its `logit_scale`; what is not as this package assumes
     if "local" in (getattr(lm.model.config, "attention_layers", None) or ()):  # as in GPT-Neo
-        raise ValueError(f"{kind}: its local attention counts places in memory, where words that are read side by side "
-                         "would push each other out of sight; this architecture is not supported")
+        return lm, ("its local attention counts places in memory, where words that are read side by side would push "
+                    "each other out of sight")
     ids = lm.admissible.nonzero()[:, 0][::max(1, int(lm.admissible.sum()) // 5)][None, :5]  # [1, 5], spread out
     embedded = lm.embed(ids)
     if not _close(lm.model.get_input_embeddings()(ids), embedded):
-        raise ValueError(f"{kind}: the input of its first layer is not embedding[ids] * {lm.embed_scale:g}; "
-                         "this architecture is not supported")
+        return lm, f"the input of its first layer is not embedding[ids] * {lm.embed_scale:g}"
     hidden = lm.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    expected = lm.model(input_ids=ids, use_cache=False).logits
+    cache = DynamicCache()
+    expected = lm.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     raw, bounded = _logits(hidden, lm.head, 1.0, None), expected
     if lm.softcap is not None:
         bounded = lm.softcap * torch.atanh((expected / lm.softcap).clamp(-1 + 1e-6, 1 - 1e-6))
     scale = float((bounded / raw).nanmedian()) if bounded.shape == raw.shape else 1.0
     lm = LM(lm.model, lm.tokenizer, lm.name, 1.0 if abs(scale - 1) < 1e-3 else scale)
     if not _close(lm.logits(hidden), expected):
-        raise ValueError(f"{kind}: its logits are not a function of its last hidden state and its output layer that "
-                         "this package knows (linear, scaled, soft-capped); this architecture is not supported")
-    if not _reads_branches(lm, ids):
-        raise ValueError(f"{kind}: it does not read a token behind others by position and mask alone, so that words "
-                         "cannot be read side by side; this architecture is not supported")
+        return lm, ("its logits are not a function of its last hidden state and its output layer that this package "
+                    "knows (linear, scaled, soft-capped)")
+    if not _reads_branches(lm, ids, cache, hidden):
+        return lm, "it does not read a token by position and mask alone, so that words cannot be read side by side"
+    return lm, ""
+
+
+@_one_thread()
+@torch.no_grad()
+def _probe(lm: LM) -> LM:
+    "`lm` with its `logit_scale` measured; raises ValueError if the model is not what this package assumes."
+    try: lm, wrong = _measured(lm)
+    except torch.OutOfMemoryError: raise
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        wrong = f"it failed at what this package needs ({type(error).__name__}: {error})"
+    if wrong: raise ValueError(f"{type(lm.model).__name__}: {wrong}; this architecture is not supported")
     return lm
 
 # %% ../nbs/00_lm.ipynb #dfd9e6bd
