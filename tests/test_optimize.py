@@ -914,8 +914,8 @@ def test_numbers_of_numpy_are_numbers_and_others_are_refused_before_the_search()
     lm, options = make_tiny_lm("llama"), dict(steps=2, heldout=0, progress=False)
     found = label_feature(WORDS, lm, label_tokens=np.int64(1), restarts=np.int32(2), **options)
     assert json.loads(json.dumps(found.settings))["restarts"] == 2
-    for name, value in dict(restarts=2.0, batch_size=4.5, candidates=2.5, seed="0").items():
+    for name, value in dict(restarts=2.0, batch_size=4.5, candidates=2.5, seed="0", steps=None).items():
         with pytest.raises(ValueError, match=f"{name}={value!r} is not a whole number"):
-            label_feature(WORDS, lm, **options | {name: value})
+            label_feature(WORDS, lm, **(options | {name: value}))
     for name, value in dict(lr=math.inf, init=(math.nan, 0.3), temperature=(1, math.inf), ramp=(0, math.nan)).items():
-        with pytest.raises(ValueError, match=f"{name}=.* finite"): label_feature(WORDS, lm, **options | {name: value})
+        with pytest.raises(ValueError, match=f"{name}=.* finite"): label_feature(WORDS, lm, **(options | {name: value}))

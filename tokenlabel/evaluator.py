@@ -78,7 +78,7 @@ def decide(
 ) -> tuple[str, str]:  # verdict, sentence
     'Whether the evaluator "can", "cannot" or "prefers another" label.'
     first, right = table.iloc[0], table[table.is_right].iloc[0]
-    low = math.floor(100 * right.low) / 100  # rounded down: a bound that is just missed should not look as if it were met
+    low = math.floor(100 * right.low) / 100  # rounded down: a bound just missed must not look as if it were met
     found = f"{right.label!r} has AUROC {right.auroc:.2f} [{low:.2f}, {right.high:.2f}]"
     if right.auroc < AUROC or right.low <= LOW:
         return "cannot", (f"The evaluator cannot label this feature: even {found}. "

@@ -37,7 +37,7 @@ from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (WEIGHTS, StepInput, LabelResult, Search, _check_settings, check_classes, conclude, has_collapsed,
+from .optimize import (WEIGHTS, LabelResult, Search, StepInput, _check_settings, check_classes, conclude, has_collapsed,
                                  label_feature, new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
@@ -536,7 +536,8 @@ def label_file(
     """Label the features of a file that have no line in `out` yet, be it a result or an error.
 
     A feature that cannot be one, as nothing in it is active, gets a line with the error. Raises ValueError if `out` has
-    results of other settings or something else, and for a name that is missing or there twice; filelock.Timeout if another process is writing there."""
+    results of other settings or something else, and for a name that is missing or there twice; filelock.Timeout if
+    another process is writing there."""
     source, out = Path(source), Path(out)
     own = {name: options[name] for name in options if name not in ("engine", "workers", "threads", "together")}
     made = json.loads(json.dumps(dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings_of(lm, own))))

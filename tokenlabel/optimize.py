@@ -798,7 +798,8 @@ def conclude(
 
 def _check_settings(settings: dict) -> None:
     for name in ("label_tokens", "restarts", "steps", "candidates", "batch_size", "seed"):
-        try: settings[name] = operator.index(settings[name]) if settings[name] is not None else None
+        if name == "batch_size" and settings[name] is None: continue
+        try: settings[name] = operator.index(settings[name])
         except TypeError:
             kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
             raise ValueError(f"{name}={settings[name]!r} is {kind}") from None

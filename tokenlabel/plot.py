@@ -106,7 +106,7 @@ def name_ends(lines: dict[str, Line2D]):
         leader = Line2D([x_end, bend, start], [np.clip(y_end, 0, 1), at, at])
         leader.update_from(line)                                                    # color and dashes
         leader.set(transform=ax.transAxes, clip_on=False, linewidth=0.9)
-        if x_end < 0.98: leader.set(linestyle="-", linewidth=0.4)                   # within the panel: not to be read as data
+        if x_end < 0.98: leader.set(linestyle="-", linewidth=0.4)                   # in the panel: not to be read as data
         ax.add_line(leader)
         text = ax.annotate(name, (start, at), xytext=(2, -0.5), xycoords="axes fraction", textcoords="offset points",
                            va="center", fontsize=7, annotation_clip=False)
