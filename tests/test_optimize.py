@@ -23,8 +23,8 @@ from tokenlabel.discriminator import channel, make_batch
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, hard_end, hard_kl,
-                                 hard_loss, has_collapsed, label_feature, look_size, neighbors, rank_labels, relatives,
+from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, guessed, hard_end, hard_kl, hard_loss,
+                                 has_collapsed, label_feature, look_size, neighbors, rank_labels, relatives,
                                  schedule, spelled, top_labels)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
@@ -452,6 +452,35 @@ def test_no_more_candidates_are_ranked_than_asked_for_the_restarts_own_and_neigh
     assert long.loss[0] <= short.loss[0] + 1e-6
 
 
+def test_a_guess_wins_if_it_is_better_than_all_that_the_descent_has_met():
+    lm = make_tiny_lm("llama")
+    everything = int(lm.admissible.sum())
+    result = run(steps=1, restarts=1, candidates=everything, guesses=everything)
+    judge = channel(lm, tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0)))
+    best = rank_labels(judge, lm.admissible.nonzero()[:, 0])[0]
+    assert result.label == best.label[0] and set(result.ranking.token_id) == set(best.token_id)
+    met = run(steps=1, restarts=1, candidates=everything, guesses=0).ranking
+    assert len(met) < everything and (met[["step", "restart"]] >= 0).all(axis=None)
+    only_guessed = ~result.ranking.token_id.isin(met.token_id)
+    assert (result.ranking[only_guessed][["step", "restart"]] == -1).all(axis=None)
+
+
+@pytest.mark.parametrize("feature", [WORDS, texts_of(lambda word: 0.5 + 0.05 * ACTIVE.index(word))])
+def test_guesses_are_made_from_the_most_active_words_and_from_none_that_is_held_out(feature, monkeypatch):
+    lm, read, types = make_tiny_lm("llama"), [], feature.heldout_types(0.3, 0)
+    judge = channel(lm, tokenize(feature, lm, types))
+    monkeypatch.setattr(type(lm), "encode_start", lambda self, text: read.append(text) or self.encode(text))
+    found = guessed(judge, 5)
+    shown = [word for word in ACTIVE if word not in types]
+    if feature is not WORDS: shown = [word for word in reversed(shown) if any(word in text for text in SENTENCES)]
+    assert set(read) == {f"{', '.join(shown)} and other"} and len(set(found)) == 5
+    monkeypatch.setattr(module, "longest_input", lambda lm: len(lm.encode(f"{', '.join(shown[:2])} and other")))
+    guessed(judge, 5)
+    assert read[-1] == f"{', '.join(shown[:2])} and other"  # what the model can read
+    monkeypatch.setattr(module, "longest_input", lambda lm: 1)
+    assert guessed(judge, 5) == []
+
+
 @pytest.mark.parametrize("label_tokens", [1, 2, 3])
 def test_neighbors_have_one_other_token_and_belong_to_the_same_restart(label_tokens):
     lm = make_tiny_lm("llama")
@@ -599,8 +628,8 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("lr", 0.0), ("lr", -0.1),
-    ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
+    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1), ("lr", 0.0),
+    ("lr", -0.1), ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
     ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1),
     ("heldout", 1.5), ("heldout", math.nan), ("ramp", (1.0,)), ("init", (0.3, 0.3, 1.0)), ("prompts", []), ("prompts", "Examples of {label}:"),
@@ -914,7 +943,7 @@ def test_numbers_of_numpy_are_numbers_and_others_are_refused_before_the_search()
     lm, options = make_tiny_lm("llama"), dict(steps=2, heldout=0, progress=False)
     found = label_feature(WORDS, lm, label_tokens=np.int64(1), restarts=np.int32(2), **options)
     assert json.loads(json.dumps(found.settings))["restarts"] == 2
-    for name, value in dict(restarts=2.0, batch_size=4.5, candidates=2.5, seed="0", steps=None).items():
+    for name, value in dict(restarts=2.0, batch_size=4.5, candidates=2.5, guesses=1.5, seed="0", steps=None).items():
         with pytest.raises(ValueError, match=f"{name}={value!r} is not a whole number"):
             label_feature(WORDS, lm, **(options | {name: value}))
     for name, value in dict(lr=math.inf, init=(math.nan, 0.3), temperature=(1, math.inf), ramp=(0, math.nan)).items():

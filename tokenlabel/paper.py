@@ -75,13 +75,13 @@ def preset_options(
     quick: bool = False,  # with the numbers in `QUICK`
     **changes,  # `discriminator`, `restarts`, `steps`, `entropy`, `kl`; None leaves them as they are
 ) -> dict[str, Any]:
-    "Arguments for `label_feature`."
+    "Arguments for `label_feature`. There are no guesses: what the paper claims, it claims of the descent."
     check_preset(experiment, preset)
     usual = WEIGHTS.get(changes.get("discriminator") or "channel", LossWeights())
-    options = {"weights": usual, "heldout": heldout} | (QUICK if quick else {})
+    options = {"weights": usual, "guesses": 0, "heldout": heldout} | (QUICK if quick else {})
     if preset == "paper":
         units = ceil((1 - heldout) * len(tokenize(feature, lm).activation))
-        options = {"heldout": heldout} | PAPER[experiment].options(units) | (QUICK if quick else {})
+        options = {"guesses": 0, "heldout": heldout} | PAPER[experiment].options(units) | (QUICK if quick else {})
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("discriminator") == "channel": options.pop("prompts", None)  # a question is of no use to it
     weights = {name: changes.pop(name) for name in ("entropy", "kl") if name in changes}

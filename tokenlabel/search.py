@@ -42,8 +42,8 @@ from .lm import LM
 from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_weights, cross_entropy
 from .objective import kl_divergence
 from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, Search, best_by_look,
-                                 draw_items, fit_logits, hard_end, hard_loss, has_collapsed, initial_v, look_size,
-                                 neighbors, rank_labels, relatives, shortlist)
+                                 draw_items, fit_logits, guessed, hard_end, hard_loss, has_collapsed, initial_v,
+                                 look_size, neighbors, rank_labels, relatives, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -597,13 +597,13 @@ def gumbel(task: Task, restarts: int = 3, steps: int = 50, lr: float = 0.5) -> I
         yield
 
 
-def tokenspace(task: Task, steps: int = 50, candidates: int = 6, rounds: int = 2) -> Iterator[None]:
-    "The method of this package, with the defaults of `label_feature`."
+def tokenspace(task: Task, steps: int = 50, candidates: int = 6, guesses: int = 0, rounds: int = 2) -> Iterator[None]:
+    "The method of this package, with the defaults of `label_feature`, but for the guesses."
     while True:
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
         rows = []
         while search.done < steps and not has_collapsed(rows, len(search.v)): rows += search.step()
-        labels = shortlist(search, candidates)
+        labels = shortlist(search, candidates, guessed(task.judge, guesses))
         losses = task.score(torch.tensor(labels, device=task.lm.device)[:, 0])
         for _ in range(rounds):  # the polish
             starts = [labels[i] for i in losses.argsort(stable=True)[:STARTS]]
