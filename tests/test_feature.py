@@ -91,8 +91,8 @@ def test_words_are_trimmed_and_agreeing_duplicates_merged():
     ([], ["saw"], "nothing active"),
     ({"saw": 0.4}, ["tree"], "nothing active"),
     ({"saw": float("nan")}, ["tree"], r"word 0 \('saw'\): activation nan is not in \[0, 1\]; scale"),
-    ({"saw": float("inf")}, ["tree"], "activation inf is not in .* maximum"),
-    ({"saw": 7.5}, ["tree"], "activation 7.5 is not in .* maximum"),
+    ({"saw": float("inf")}, ["tree"], "activation inf is not in .* fires from 0.5 on"),
+    ({"saw": 7.5}, ["tree"], "activation 7.5 is not in .* fires from 0.5 on"),
     ({"saw": -0.1}, ["tree"], "activation -0.1 is not in"),
     ({"saw": "1"}, ["tree"], "activation '1' is not a number"),
     ({"saw": None}, ["tree"], "activation None is not a number"),
@@ -119,7 +119,7 @@ def test_a_string_is_no_list_of_words():
     ([(8, 10, 1), (4, 9, 1)], r"text 1 .*spans \[4, 9\) and \[8, 10\) overlap"),
     ([(4, 7, 1), (4, 7, 1)], "overlap"),
     ([(4, 7, float("nan"))], r"text 1 .*span \[4, 7\): activation nan"),
-    ([(4, 7, 3.5)], "activation 3.5 is not in .* maximum"),
+    ([(4, 7, 3.5)], "activation 3.5 is not in .* fires from 0.5 on"),
     ([(4, 7)], r"span \(4, 7\) is not \(start, end, activation\)"),
     ([(4.0, 7.0, 1)], "whole start and end"),
     ([("a", "b", 1)], "whole start and end"),
@@ -293,6 +293,41 @@ def test_units_are_runs_of_tokens_and_a_type_is_on_one_side(tiny_lm, feature, se
     assert set(data.types) <= {*types, ""}
     assert data.heldout.tolist() == [kind in heldout for kind in data.types]
     assert bool((data.activation >= 0.5).any()) and bool((data.activation < 0.5).any())
+
+
+@quick
+@given(st.lists(visible, min_size=1, max_size=4), st.data(), st.floats(0.01, 100), st.floats(0.1, 10))
+def test_a_word_fires_if_one_of_the_networks_tokens_on_it_does(tiny_lm, texts, data, threshold, scale):
+    lm = tiny_lm("gpt2")
+    texts = [*texts, "a saw"]
+    offsets = [token_ranges(text, lm)[1] for text in texts]
+    raw = [data.draw(st.lists(st.floats(-1, 200), min_size=len(row), max_size=len(row))) for row in offsets]
+    raw[-1] = [0.0 if end <= 1 else threshold for _, end in offsets[-1]]
+    feature = Feature.from_tokens("f", texts, offsets, raw, threshold)
+    for text, spans, row, values in zip(texts, feature.spans, offsets, raw):
+        firing = [pair for pair, x in zip(row, values) if x >= threshold]
+        for start, end, _ in pieces(text):
+            here = any(a < end and start < b for a, b in firing)
+            there = any(s.activation >= 0.5 and s.start < end and start < s.end for s in spans)
+            assert there >= here  # words that share a token go together
+        for span in spans:
+            inside = [x for (a, b), x in zip(row, values) if a < span.end and span.start < b]
+            assert span.activation == pytest.approx(min(1, max(inside) / threshold / 2))
+    tokenize(feature, lm)  # no token of a model with the same tokenizer is cut
+    scaled = Feature.from_tokens("f", texts, offsets, [[scale * x for x in row] for row in raw], scale * threshold)
+    for spans, others in zip(feature.spans, scaled.spans):
+        assert [s[:2] for s in spans] == [s[:2] for s in others]
+
+
+@pytest.mark.parametrize("offsets, values, threshold, message", [
+    ([[(0, 1), (2, 5)]], [[0.0]], 1.0, "text 0 .'a saw'.: 2 tokens, and 1 activations"),
+    ([[(0, 1), (2, 5)]], [[0.0, float("nan")]], 1.0, "text 0 .*activation nan is not finite"),
+    ([[(0, 1), (2, 5)]], [[0.0, 3.0]], 0.0, "threshold 0.0 is not a positive number"),
+    ([[(0, 1), (2, 5)]], [], 1.0, "1 texts, offsets for 1 and activations for 0"),
+    ([[(0, 1), (2, 5)]], [[0.0, 0.9]], 1.0, "nothing active"),
+])
+def test_wrong_activations_of_a_network_are_refused(offsets, values, threshold, message):
+    with pytest.raises(ValueError, match=message): Feature.from_tokens("f", ["a saw"], offsets, values, threshold)
 
 
 @pytest.fixture(scope="module")

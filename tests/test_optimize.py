@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import tokenlabel.optimize as module
 from tokenlabel.direct import Question, direct
-from tokenlabel.discriminator import channel, make_batch
+from tokenlabel.discriminator import channel, make_batch, next_log_prior
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
@@ -474,11 +474,28 @@ def test_guesses_are_made_from_the_most_active_words_and_from_none_that_is_held_
     shown = [word for word in ACTIVE if word not in types]
     if feature is not WORDS: shown = [word for word in reversed(shown) if any(word in text for text in SENTENCES)]
     assert set(read) == {f"{', '.join(shown)} and other"} and len(set(found)) == 5
+    pairs = guessed(judge, 5, label_tokens=2)
+    assert len(pairs) <= 5 and all(len(label) == 2 and spelled(label, lm) for label in pairs)
     monkeypatch.setattr(module, "longest_input", lambda lm: len(lm.encode(f"{', '.join(shown[:2])} and other")))
     guessed(judge, 5)
     assert read[-1] == f"{', '.join(shown[:2])} and other"  # what the model can read
     monkeypatch.setattr(module, "longest_input", lambda lm: 1)
     assert guessed(judge, 5) == []
+
+
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_guesses_are_the_likeliest_labels_behind_the_list(label_tokens):
+    lm = make_tiny_lm("llama")
+    judge, tokens = channel(lm, tokenize(WORDS, lm)), lm.admissible.nonzero()[:, 0].tolist()
+    ids = lm.encode_start(f"{', '.join(ACTIVE)} and other")
+    expected = lambda label: next_log_prior(lm, lm.model.base_model(torch.tensor([[*ids, *label]])).last_hidden_state[0, -1])
+    with torch.no_grad():
+        first = expected(()).tolist()
+        best = sorted(((id,) for id in tokens), key=lambda label: -first[label[0]])[:9]
+        if label_tokens == 2:
+            both = {(*label, id): first[label[0]] + p for label in best for id, p in enumerate(expected(label).tolist())}
+            best = [label for label in sorted(both, key=lambda label: -both[label])[:9] if spelled(label, lm)]
+    assert guessed(judge, 9, label_tokens) == best
 
 
 @pytest.mark.parametrize("label_tokens", [1, 2, 3])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ACTIVE', 'UNSPACED', 'PIECE', 'KEYS', 'SHOWN', 'CROP', 'Span', 'check_activation', 'excerpt', 'located', 'check_text',
            'check_spans', 'merge_words', 'Feature', 'pieces', 'is_word', 'overlaps', 'occurrences', 'word_types',
-           'draw_types', 'parse_line', 'read_jsonl', 'write_jsonl', 'shown', 'header', 'mark', 'feature_text',
-           'feature_html', 'TokenizedFeature', 'token_ranges', 'fill_gaps', 'nearest_span', 'token_activation',
-           'token_type', 'continues_unit', 'tokenize']
+           'draw_types', 'word_spans', 'parse_line', 'read_jsonl', 'write_jsonl', 'shown', 'header', 'mark',
+           'feature_text', 'feature_html', 'TokenizedFeature', 'token_ranges', 'fill_gaps', 'nearest_span',
+           'token_activation', 'token_type', 'continues_unit', 'tokenize']
 
 # %% ../nbs/01_feature.ipynb #5ed1b081
-import json, operator, os, re, textwrap, unicodedata
+import json, math, operator, os, re, textwrap, unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def check_activation(
     "`value` as a float; raises ValueError unless it is a number in [0, 1]."
     if not isinstance(value, Real): raise ValueError(f"activation {value!r} is not a number")
     if not 0 <= value <= 1:  # NaN fails this, too
-        raise ValueError(f"activation {value} is not in [0, 1]; scale raw activations by dividing by their maximum")
+        raise ValueError(f"activation {value} is not in [0, 1]; scale raw activations so that the feature fires from 0.5 on")
     return float(value)
 
 # %% ../nbs/01_feature.ipynb #7e011d4e
@@ -158,6 +158,30 @@ class Feature:
         return cls(name, "texts", texts, spans)
 
     @classmethod
+    def from_tokens(
+        cls,
+        name: str,
+        texts: Iterable[str],
+        offsets: Iterable[Sequence[tuple[int, int]]],  # for each text, the characters (start, end) of its tokens
+        activations: Iterable[Sequence[float]],  # for each text, the raw activation on each of its tokens
+        threshold: float,  # raw activation from which on the feature fires
+    ) -> "Feature":
+        """A feature of running texts as a network gives it, on tokens of any tokenizer.
+
+        A word gets the largest activation of its tokens, divided by twice the threshold and at most 1: then it counts
+        as active (0.5) from the threshold on. Raises ValueError if there is not one finite number for each token.
+        """
+        if isinstance(texts, str): raise TypeError(f"expected a list of texts, got the string {excerpt(texts)}")
+        if not 0 < threshold < math.inf: raise ValueError(f"threshold {threshold} is not a positive number")
+        texts, offsets, activations = list(texts), list(offsets), list(activations)
+        if not len(texts) == len(offsets) == len(activations):
+            raise ValueError(f"{len(texts)} texts, offsets for {len(offsets)} and activations for {len(activations)}")
+        spans = []
+        for i, (text, *tokens) in enumerate(zip(texts, offsets, activations)):
+            with located(f"text {i} ({excerpt(text)})"): spans.append(word_spans(check_text(text), *tokens, threshold))
+        return cls.from_texts(name, texts, spans)
+
+    @classmethod
     def from_jsonl(
         cls,
         path: str | Path,
@@ -238,6 +262,27 @@ def draw_types(
         count = min(max(round(share * len(kinds)), 1), len(kinds) - 1)
         heldout.update(kinds[i] for i in rng.permutation(len(kinds))[:count])
     return frozenset(heldout)
+
+# %% ../nbs/01_feature.ipynb #c75501c8
+def word_spans(
+    text: str,
+    offsets: Sequence[tuple[int, int]],  # characters (start, end) of each token, with or without white space
+    activations: Sequence[float],        # raw, on each token
+    threshold: float,                    # what becomes 0.5
+) -> list[Span]:
+    "Where in a text a network's feature is above 0; raises ValueError unless each token has a finite activation."
+    if len(offsets) != len(activations): raise ValueError(f"{len(offsets)} tokens, and {len(activations)} activations")
+    values = [float(x) for x in activations]
+    if wrong := [x for x in values if not math.isfinite(x)]: raise ValueError(f"activation {wrong[0]} is not finite")
+    found = []
+    for start, end, _ in pieces(text):
+        value = max((x for (a, b), x in zip(offsets, values) if a < end and start < b), default=0.0)
+        value = min(1.0, max(0.0, value) / (2 * threshold))
+        if found and any(a < found[-1].end and start < b for a, b in offsets):  # one token lies in both
+            before = found.pop()
+            start, value = before.start, max(before.activation, value)
+        found.append(Span(start, end, value))
+    return [span for span in found if span.activation > 0]
 
 # %% ../nbs/01_feature.ipynb #586dee3f
 KEYS = {"words": ("word", "activation"), "texts": ("text", "spans")}

@@ -42,7 +42,7 @@ def class_weights(
     active: float | None = 0.5,  # share of the active class; None: as many as there are
     smooth: bool = False,  # with Platt's targets (see "A scale" below)
 ) -> tuple[Tensor, Tensor]:  # [U] each: weights as an active and as an inactive unit; together they sum to 1
-    "How much each unit counts, in either class; raises ValueError if a class is empty."
+    "How much each unit counts, in either class; raises ValueError if a class is empty, unless `active` is None."
     n1, n0 = activation.sum(), (1 - activation).sum()
     if active is None: on, off = activation / len(activation), (1 - activation) / len(activation)
     elif n1 == 0 or n0 == 0: raise ValueError("the loss needs both classes, and all units are of one")

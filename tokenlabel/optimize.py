@@ -381,18 +381,24 @@ GUESSED = (-1, -1)  # in place of the step and the restart where a label was met
 def guessed(
     judge: Channel | Direct,
     k: int = 16,
-) -> list[Label]:  # single tokens, likeliest first
+    label_tokens: int = 1,
+) -> list[Label]:  # at most k of so many tokens, likeliest first
     "What the LM expects behind a list of the most active words, \"and other\" (Hearst 1992)."
     tokens, lm = judge.tokens, judge.lm
     names = tokens.strings if tokens.feature.mode == "words" else tokens.types
     units = tokens.activation.masked_fill(tokens.heldout, 0.0).sort(descending=True, stable=True)
     active = [names[unit].strip() for x, unit in zip(*map(Tensor.tolist, units)) if x >= ACTIVE]
     words = [word for word in dict.fromkeys(active) if word][:LISTED]
-    while words and len(lm.encode_start(PATTERN.format(", ".join(words)))) > (longest_input(lm) or math.inf): words.pop()
+    read = lambda: lm.encode_start(PATTERN.format(", ".join(words)))
+    while words and len(read()) + label_tokens - 1 > (longest_input(lm) or math.inf): words.pop()
     if not words or not k: return []
-    ids = torch.tensor([lm.encode_start(PATTERN.format(", ".join(words)))], device=lm.device)
-    hidden = lm.model.base_model(input_ids=ids).last_hidden_state
-    return [(id,) for id in next_log_prior(lm, hidden[0, -1]).topk(min(k, int(lm.admissible.sum()))).indices.tolist()]
+    labels, log_p, V = [()], torch.zeros(1, device=lm.device), len(lm.admissible)
+    for _ in range(label_tokens):
+        ids = torch.tensor([[*read(), *label] for label in labels], device=lm.device)
+        log_p = log_p[:, None] + next_log_prior(lm, lm.model.base_model(input_ids=ids).last_hidden_state[:, -1])
+        log_p, place = log_p.flatten().topk(min(k, len(labels) * int(lm.admissible.sum())))
+        labels = [(*labels[i // V], i % V) for i in place.tolist()]
+    return [label for label in labels if spelled(label, lm)]
 
 # %% ../nbs/06_optimize.ipynb #d8a3f350
 MOST = 96  # candidates that a first look is taken at
@@ -742,7 +748,7 @@ def label_feature(
     # as they are, and only ranking and scores fit them
     batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
     candidates: int = 6,  # tokens met on the way, or guessed, that are ranked on all the data
-    guesses: int = 16,  # tokens that the LM guesses from active words and that are tried, too; 0: the descent alone
+    guesses: int = 16,  # labels that the LM guesses from active words and that are tried, too; 0: the descent alone
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
     progress: bool | Callable[[list[dict]], None] = True,  # show a bar, or call this with the trace rows of each step
@@ -810,15 +816,15 @@ def conclude(
     "Rank what a search has met."
     judge, weights, feature = search.discriminator, search.weights, search.discriminator.tokens.feature
     label_tokens, candidates, seed = (settings[name] for name in ("label_tokens", "candidates", "seed"))
-    guesses, grown = guessed(judge, settings["guesses"]), []
+    guesses, grown = guessed(judge, settings["guesses"], label_tokens), []
     if label_tokens > 1 and not interrupted:
         short = Search(judge, weights=weights, restarts=settings["restarts"], batch_size=settings["batch_size"],
                        seed=seed)
         for _ in range(FIRST_STEPS): short.step()
-        grown = grow(short, label_tokens, candidates, guesses)
+        grown = grow(short, label_tokens, candidates, guessed(judge, settings["guesses"]))
         search.meet(grown, 0)
-    short = shortlist(search, candidates, guesses if label_tokens == 1 else ())
-    ranking, z_hard = rank_labels(judge, list(dict.fromkeys(short + grown)), weights)
+    found = shortlist(search, candidates, guesses)
+    ranking, z_hard = rank_labels(judge, list(dict.fromkeys(found + grown)), weights)
     if not interrupted: ranking, z_hard = polish(search, ranking, z_hard)
     ranking[["step", "restart"]] = [search.met[id if isinstance(id, tuple) else (id,)] for id in ranking.token_id]
     soft, z_soft = _score_soft(search, rows)

@@ -256,10 +256,15 @@ def count_labels(labels: Sequence[str]) -> str:
     return ", ".join(f"{count} × `{label}`" for label, count in Counter(labels).most_common())
 
 
+def _because(v: Verdict) -> str:
+    if not v.reason: return ""
+    return (", but " if v.verdict == "reproduced" and not all(v.matches) else ": ") + v.reason
+
+
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     "The verdicts as a Markdown table."
     head = ("Experiment", "The paper", "Found", "Seeds", "Held-out AUROC", "Evaluator's AUROC", "Verdict")
     rows = [(f"{v.experiment}, {v.form}", v.paper, count_labels(v.labels),
              f"{sum(v.matches)} of {len(v.matches)} [{v.low:.2f}, {v.high:.2f}]", f"{median(v.auroc):.2f}",
-             f"{v.evaluator_auroc:.2f}", f"**{v.verdict}**{': ' * bool(v.reason)}{v.reason}") for v in verdicts]
+             f"{v.evaluator_auroc:.2f}", f"**{v.verdict}**{_because(v)}") for v in verdicts]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -182,7 +182,7 @@ def plot_losses(
     if "hard_accuracy_loss" in trace:
         alone = trace[trace.restart == best_restart(trace)].dropna(subset="hard_accuracy_loss")
         ax.plot(alone.step, alone.hard_accuracy_loss, "o", color=VERMILLION, markersize=3, markerfacecolor="white",
-                markeredgewidth=0.8, zorder=3, label="accuracy loss of the top token alone")
+                markeredgewidth=0.8, zorder=3, clip_on=False, label="accuracy loss of the top token alone")
         _legend_above(ax)
     _step_axis(ax, trace.step)
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
