@@ -184,14 +184,21 @@ def test_reproduce_passes_on_what_was_given(monkeypatch, tmp_path):
                         lambda notebook, parameters, **folders: ran.append((notebook.name, parameters, folders)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.gguf").touch()
-    options = ["--seeds", "3", "--quick", "--set", "rate=.5", "--set", "name=x", "--lm", "model.gguf"]
+    options = ["--quick", "--set", "rate=.5", "--set", "name=x", "--lm", "model.gguf"]
     assert main(["reproduce", "a", "b", *options]) == 0
-    parameters = {"seeds": 3, "quick": True, "rate": .5, "name": "x", "lm": str(tmp_path / "model.gguf")}
+    parameters = {"quick": True, "rate": .5, "name": "x", "lm": str(tmp_path / "model.gguf")}
     folders = {"figures": Path("runs/quick"), "runs": Path("runs")}  # the figures of the report stay
     assert ran == [("a", parameters, folders), ("b", parameters, folders)]
     ran.clear()
-    assert main(["reproduce", "a", "--lm", "some/model", "--figures", "f"]) == 0
-    assert ran == [("a", {"lm": "some/model"}, {"figures": Path("f"), "runs": Path("runs")})]
+    assert main(["reproduce", "a", "--seeds", "3", "--lm", "some/model", "--figures", "f"]) == 0
+    assert ran == [("a", {"seeds": 3, "lm": "some/model"}, {"figures": Path("f"), "runs": Path("runs")})]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--seeds", "0"], "--seeds 0 is less than 1"), (["--seeds", "3", "--quick"], "--quick is one seed")])
+def test_seeds_that_cannot_be_are_refused_before_anything_runs(options, message, capsys):
+    assert main(["reproduce", "numbers", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 # the installed command

@@ -295,6 +295,14 @@ def test_units_are_runs_of_tokens_and_a_type_is_on_one_side(tiny_lm, feature, se
     assert bool((data.activation >= 0.5).any()) and bool((data.activation < 0.5).any())
 
 
+def test_parts_of_a_contraction_go_together_as_no_two_tokenizers_divide_them_alike(lm):
+    text = "I don't like cats."
+    offsets = [m.span() for m in re.finditer(r"\w+|[^\w\s]", text)]
+    feature = Feature.from_tokens("f", [text], [offsets], [[3.0 * (text[a:b] == "t") for a, b in offsets]], 1.0)
+    assert [text[s.start:s.end] for s in feature.spans[0]] == ["don't"]
+    tokenize(feature, lm)
+
+
 @quick
 @given(st.lists(visible, min_size=1, max_size=4), st.data(), st.floats(0.01, 100), st.floats(0.1, 10))
 def test_a_word_fires_if_one_of_the_networks_tokens_on_it_does(tiny_lm, texts, data, threshold, scale):

@@ -54,3 +54,7 @@ def test_words_of_a_pool_are_taken_without_white_space():
     lm = make_tiny_lm("llama")
     assert reach(" cat", [" dog\n", "dog", "red"], lm).keys() == {"dog", "red"}
     assert reach(" cat", ["dog"], lm).keys() == {"dog"}
+
+
+def test_no_word_is_missing_to_a_pool_whatever_is_in_it():
+    assert len(reach(" cat", ["a", "aa", "the"], make_tiny_lm("llama"))) == 3

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -630,6 +631,15 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_whole_steps(monkeypatch):
     assert np.isfinite(result.ranking.loss).all() and math.isfinite(result.soft["loss"])
 
 
+def test_an_interrupt_in_the_polish_leaves_what_was_ranked(monkeypatch):
+    def neighbors(*args): raise KeyboardInterrupt
+    whole = run()
+    monkeypatch.setattr(module, "neighbors", neighbors)
+    result = run()
+    assert result.interrupted and not whole.interrupted and set(result.ranking.token_id) <= set(whole.ranking.token_id)
+    assert_frame_equal(result.trace, whole.trace)
+
+
 def test_an_interrupt_before_the_first_step_is_passed_on(monkeypatch):
     interrupt_at(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt): run()
@@ -648,7 +658,7 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
     ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1), ("lr", 0.0),
     ("lr", -0.1), ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
-    ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1),
+    ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1), ("seed", -1), ("seed", 2**64),
     ("heldout", 1.5), ("heldout", math.nan), ("ramp", (1.0,)), ("init", (0.3, 0.3, 1.0)), ("prompts", []), ("prompts", "Examples of {label}:"),
 ])
 def test_settings_that_cannot_work_are_refused_by_name(name, value):
@@ -760,10 +770,23 @@ def test_a_note_beside_a_saved_result_is_not_lost(saved, tmp_path):
     same_result(LabelResult.load(folder), saved[0])
 
 
-def test_a_file_in_the_place_of_the_folder_is_left_alone(saved, tmp_path):
+@pytest.mark.parametrize("place", ["result", "result/below"])
+def test_a_file_in_the_place_of_the_folder_is_left_alone(saved, tmp_path, place):
     (tmp_path / "result").write_text("precious")
-    with pytest.raises((ValueError, OSError)): saved[0].save(tmp_path / "result")
+    with pytest.raises(ValueError, match="result is a file"): saved[0].save(tmp_path / place)
     assert files(tmp_path) == {"result": b"precious"}
+
+
+def test_a_folder_that_cannot_be_written_or_replaced_is_refused_before_the_search(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="/proc"): module.check_folder(Path("/proc"))  # a mount point
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be replaced"): module.check_folder(Path("."))
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to"): module.check_folder(Path("new/folder"))
+
+
+def test_a_long_name_of_a_folder_is_no_obstacle(saved, tmp_path):
+    same_result(LabelResult.load(saved[0].save(tmp_path / ("名" * 80))), saved[0])
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])

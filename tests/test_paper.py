@@ -13,7 +13,7 @@ from tokenlabel.direct import Question, direct
 from tokenlabel.evaluator import check_evaluator
 from tokenlabel.experiment import list_experiments, run_experiment
 from tokenlabel.feature import Feature, tokenize
-from tokenlabel.lm import _locate
+from tokenlabel.lm import _locate, load_lm
 from tokenlabel.optimize import Search, label_feature
 from tokenlabel.paper import (PAPER, Verdict, cause, is_among, judge_claim, load_verdicts, overview, preset_lm,
                               preset_options, save_verdicts, sum_up, verdict, verdict_table)
@@ -52,6 +52,25 @@ def test_the_paper_starts_from_noise_and_changes_nothing_on_the_way(lm):
     rows = [row for _ in range(3) for row in search.step()]
     assert {row["temperature"] for row in rows} == {1.} and {row["entropy_weight"] for row in rows} == {.2}
     assert search.adam.defaults["weight_decay"] == .01 and search.adam.defaults["lr"] == .1
+
+
+@pytest.mark.parametrize("experiment, feature", [
+    ("animals", synthetic.animals(size=16)), ("animals", synthetic.animals(mode="texts", size=6)),
+    ("mammals_text", synthetic.mammals(mode="texts", size=6)), ("mammals_balanced", synthetic.mammals(size=16)),
+    ("chinese", synthetic.chinese(size=16)), ("chinese", synthetic.chinese(mode="texts", size=6)),
+    ("numbers", synthetic.numbers(size=16)), ("palindromes", synthetic.palindromes(mode="texts", size=6))])
+def test_the_paper_has_a_question_for_each_form_and_its_runs_can_be_drawn(experiment, feature, tiny_folder):
+    "With its unbalanced steps, in some of which one class is missing."
+    lm = load_lm(tiny_folder)
+    options = preset_options(experiment, "paper", feature, lm, steps=4) | dict(batch_size=2)
+    result = label_feature(feature, lm, **options, progress=False)
+    assert result.trace[["accuracy_active", "accuracy_inactive"]].isna().any(axis=None)
+    result.plot()
+
+
+def test_an_experiment_needs_held_out_words(lm):
+    for heldout in 0, 1, 2.0:
+        with pytest.raises(ValueError, match="heldout"): preset_options("numbers", "default", FRUIT, lm, heldout=heldout)
 
 
 def test_single_numbers_of_a_preset_can_be_changed(lm):

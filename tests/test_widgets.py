@@ -281,6 +281,14 @@ def test_every_control_has_its_slider():
     for name, slider in make_sliders(STILL).items(): assert slider.value == getattr(STILL, name)
 
 
+@pytest.mark.parametrize("name", ["small", "animals", widgets.OWN])
+def test_a_feature_that_is_given_is_the_one_explored_whatever_its_name(tiny, name):
+    made = Explorer(replace(small(), name=name), tiny)
+    made.worker.wait()
+    assert set(made.exploration.judge.tokens.feature.texts) <= set(small().texts) and made.phases is None
+    made.close()
+
+
 def test_run_moves_everything_and_pause_stops_it(explorer):
     first = bytes(explorer.picture.value), explorer.tokens.value
     explorer.run()

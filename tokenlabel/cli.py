@@ -52,7 +52,10 @@ def _reproduce(options) -> int:
         name, equals, value = setting.partition("=")
         if not equals: raise ValueError(f"--set needs NAME=VALUE, not {setting!r}")
         parameters[name] = _value(value)
-    if options.seeds is not None: parameters["seeds"] = options.seeds
+    if options.seeds is not None:
+        if options.seeds < 1: raise ValueError(f"--seeds {options.seeds} is less than 1")
+        if options.quick: raise ValueError("--quick is one seed; leave out --seeds or --quick")
+        parameters["seeds"] = options.seeds
     if options.quick: parameters["quick"] = True
     for name in ("preset", "discriminator"):
         if getattr(options, name) is not None: parameters[name] = getattr(options, name)

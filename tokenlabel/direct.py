@@ -132,6 +132,13 @@ PAPER_QUESTIONS = {
             ('Text: "She ate bread and cheese."\nPart: "ate"\nIs this part an example of food?', "no"),
             ('Text: "She ate bread and cheese."\nPart: "cheese"\nIs this part an example of food?', "yes"),
             ('Text: "The word amour is old."\nPart: "old"\nIs this part an example of French?', "no"))),
+    "chinese_words": Question(
+        'Word: "{word}"\nIs this word an example of {label}?',
+        "You check whether a word is what it is said to be. Answer Yes or No.", shots=(
+            ('Word: "Garten"\nIs this word an example of German?', "yes"),
+            ('Word: "ate"\nIs this word an example of food?', "no"),
+            ('Word: "cheese"\nIs this word an example of food?', "yes"),
+            ('Word: "old"\nIs this word an example of French?', "no"))),
 }
 
 # %% ../nbs/04b_direct.ipynb #384a1fde

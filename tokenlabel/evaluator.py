@@ -18,7 +18,7 @@ import torch
 
 from .direct import Direct, Question
 from .discriminator import Channel
-from .feature import ACTIVE, Feature, tokenize
+from .feature import ACTIVE, Feature, active_items, tokenize
 from .lm import LM
 from .objective import LossWeights
 from .optimize import DISCRIMINATORS, WEIGHTS, Search, draw_items, rank_labels
@@ -63,7 +63,7 @@ def sample_items(
     "The feature on at most so many of its words or texts, half of them active as far as possible."
     if most < 2: raise ValueError(f"most={most} is less than 2: a check needs something active and something inactive")
     if len(feature.texts) <= most: return feature
-    active = torch.tensor([any(span.activation >= ACTIVE for span in spans) for spans in feature.spans])
+    active = torch.tensor(active_items(feature))
     groups = active.nonzero()[:, 0], (~active).nonzero()[:, 0]
     chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])

@@ -124,7 +124,7 @@ def _publish(staging: Path, figures: Path) -> list[Path]:
     "Put the files of `staging` into `figures`, over files of the same names; returns where they are."
     sources = sorted(path for path in staging.rglob("*") if path.is_file())
     targets = [figures / source.relative_to(staging) for source in sources]
-    hidden = [target.with_name(f".{target.name}.new") for target in targets]
+    hidden = [target.with_name(f".{target.name}.{os.getpid()}.new") for target in targets]
     try:
         for source, new in zip(sources, hidden):
             new.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +169,8 @@ def run_experiment(
     check_parameters(notebook, parameters | {"figures": ""})
     if own := {"figures", "runs"} & set(parameters):
         raise ValueError(f"the driver sets {' and '.join(sorted(own))}: use the arguments of these names")
+    for folder in figures, runs:
+        if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a folder")
     runs.mkdir(parents=True, exist_ok=True)
     now = datetime.now()   # to the millisecond: two runs of a notebook may be started side by side
     name = f"{notebook.stem}-{now:%Y-%m-%d-%H%M%S}-{now.microsecond // 1000:03}"

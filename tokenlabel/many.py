@@ -255,8 +255,10 @@ def search_together(
             one.rows.extend(rows)
             if one.search.done < one.search.steps and not has_collapsed(one.rows, len(one.search.v)): continue
             del live[number]
-            try: yield number, conclude(one.search, one.rows, one.settings, False, one.start)
-            except ValueError as error: yield number, error
+            try: result = conclude(one.search, one.rows, one.settings, False, one.start)
+            except ValueError as error: result = error
+            if getattr(result, "interrupted", False): raise KeyboardInterrupt  # meant for all of them
+            yield number, result
 
 # %% ../nbs/06c_many.ipynb #2ff6c6c6
 class Live(NamedTuple):

@@ -7,6 +7,7 @@ __all__ = ['reach', 'harden']
 
 # %% ../nbs/06d_negatives.ipynb #13357eb2
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 
@@ -23,7 +24,7 @@ def reach(
 ) -> dict[str, float]:  # word -> logit in nats, the largest first
     "How much more likely a label makes each word of a pool (the channel discriminator, without bias)."
     words = list(dict.fromkeys(word.strip() for word in pool))
-    other = next(word for word in ("a", "the") if word not in words)  # a feature has two classes
+    other = next(word for n in count(1) if (word := "a" * n) not in words)  # a feature has two classes
     judge = channel(lm, tokenize(Feature.from_words("pool", active=words, inactive=[other]), lm))
     ids = torch.tensor([lm.encode(label)], device=lm.device)
     z = torch.cat([judge.hard_logits(ids, batch) for batch in judge.batches()], 1)[0]

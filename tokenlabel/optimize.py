@@ -683,9 +683,13 @@ TABLES = ("ranking", "heldout", "trace")
 
 
 def check_folder(folder: Path) -> None:
-    "Raise ValueError if a result cannot be saved there, because the folder holds something else."
+    "Raise ValueError if a result cannot be saved there: it holds something else, or cannot be written or replaced."
     files = {*(f"{name}.parquet" for name in TABLES), "feature.jsonl", "result.json"}
-    if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a new or empty folder")
+    above = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    if not above.is_dir(): raise ValueError(f"{above} is a file; give a new or empty folder")
+    if not os.access(above, os.W_OK | os.X_OK): raise ValueError(f"{above} cannot be written to; give another folder")
+    if os.path.ismount(folder) or folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} cannot be replaced as a whole; give a new folder in it")
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if present and not files <= present <= files | {"figure.pdf", "figure.png"}:  # the command line adds the figure
         other = ", ".join(sorted(present - files - {"figure.pdf", "figure.png"})) or "an incomplete result"
@@ -697,7 +701,7 @@ def save_result(result: LabelResult, folder: Path) -> Path:
     check_folder(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=".result-", dir=folder.parent) as work:
         new = Path(work) / "new"
         new.mkdir()
         for name in TABLES: getattr(result, name).to_parquet(new / f"{name}.parquet")
@@ -825,7 +829,9 @@ def conclude(
         search.meet(grown, 0)
     found = shortlist(search, candidates, guesses)
     ranking, z_hard = rank_labels(judge, list(dict.fromkeys(found + grown)), weights)
-    if not interrupted: ranking, z_hard = polish(search, ranking, z_hard)
+    if not interrupted:
+        try: ranking, z_hard = polish(search, ranking, z_hard)
+        except KeyboardInterrupt: interrupted = True
     ranking[["step", "restart"]] = [search.met[id if isinstance(id, tuple) else (id,)] for id in ranking.token_id]
     soft, z_soft = _score_soft(search, rows)
     soft["loss_gap"] = float(ranking.loss[0] - weights.end * ranking.end[0] - soft["loss"])  # a mixture has no end
@@ -844,6 +850,7 @@ def _check_settings(settings: dict) -> None:
     for name in ("label_tokens", "restarts", "steps", "candidates", "lr"):
         if not 0 < settings[name] < math.inf: raise ValueError(f"{name}={settings[name]} is not positive and finite")
     if settings["guesses"] < 0: raise ValueError(f"guesses={settings['guesses']} is negative")
+    if not 0 <= settings["seed"] < 2**63: raise ValueError(f"seed={settings['seed']} is not from 0 to 2**63 - 1")
     if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")

@@ -38,24 +38,27 @@ class Preset:
     batch_size: int  # questions per step
     epochs: int
     question: Question
+    words: Question | None = None  # for isolated words, if `question` is about texts
     lm: str = "meta-llama/Meta-Llama-3-8B-Instruct"
 
     def options(
         self,
         units: int,  # how many questions there are to fit
+        mode: str = "texts",  # "words" or "texts"
     ) -> dict[str, Any]:  # for `label_feature`
         "The settings as arguments of `label_feature`."
-        return dict(discriminator="direct", prompts=self.question, restarts=1, lr=self.lr, batch_size=self.batch_size,
+        question = self.words if mode == "words" and self.words else self.question
+        return dict(discriminator="direct", prompts=question, restarts=1, lr=self.lr, batch_size=self.batch_size,
                     steps=self.epochs * ceil(units / self.batch_size), temperature=(1.0, 1.0), ramp=(1.0, 1.0),
                     init=(0.0, 1.0), weight_decay=0.01, calibrated=False,
                     weights=LossWeights(entropy=self.entropy, kl=self.kl, end=0.0, active=None))
 
 
 PAPER = {
-    "animals": Preset(0.1, 0.1, 0.5, 20, 5, PAPER_QUESTIONS["animals"]),
+    "animals": Preset(0.1, 0.1, 0.5, 20, 5, PAPER_QUESTIONS["animals"], PAPER_QUESTIONS["mammals_words"]),
     "mammals_text": Preset(0.2, 0.2, 0.2, 30, 40, PAPER_QUESTIONS["animals"]),
     "mammals_balanced": Preset(0.1, 0.3, 0.2, 10, 100, PAPER_QUESTIONS["mammals_words"]),
-    "chinese": Preset(0.05, 0.25, 0.5, 25, 100, PAPER_QUESTIONS["chinese"]),
+    "chinese": Preset(0.05, 0.25, 0.5, 25, 100, PAPER_QUESTIONS["chinese"], PAPER_QUESTIONS["chinese_words"]),
     "numbers": Preset(0.2, 0.2, 0.1, 20, 10, PAPER_QUESTIONS["numbers"], lm="meta-llama/Meta-Llama-3-8B"),
     "palindromes": Preset(0.2, 0.2, 0.1, 15, 15, PAPER_QUESTIONS["palindromes"]),
 }
@@ -77,11 +80,12 @@ def preset_options(
 ) -> dict[str, Any]:
     "Arguments for `label_feature`. There are no guesses: what the paper claims, it claims of the descent."
     check_preset(experiment, preset)
+    if not 0 < heldout < 1: raise ValueError(f"heldout={heldout} is not between 0 and 1: an experiment scores held-out words")
     usual = WEIGHTS.get(changes.get("discriminator") or "channel", LossWeights())
     options = {"weights": usual, "guesses": 0, "heldout": heldout} | (QUICK if quick else {})
     if preset == "paper":
         units = ceil((1 - heldout) * len(tokenize(feature, lm).activation))
-        options = {"guesses": 0, "heldout": heldout} | PAPER[experiment].options(units) | (QUICK if quick else {})
+        options = {"guesses": 0, "heldout": heldout} | PAPER[experiment].options(units, feature.mode) | (QUICK if quick else {})
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("discriminator") == "channel": options.pop("prompts", None)  # a question is of no use to it
     weights = {name: changes.pop(name) for name in ("entropy", "kl") if name in changes}
@@ -267,4 +271,5 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     rows = [(f"{v.experiment}, {v.form}", v.paper, count_labels(v.labels),
              f"{sum(v.matches)} of {len(v.matches)} [{v.low:.2f}, {v.high:.2f}]", f"{median(v.auroc):.2f}",
              f"{v.evaluator_auroc:.2f}", f"**{v.verdict}**{_because(v)}") for v in verdicts]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

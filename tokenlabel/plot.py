@@ -95,8 +95,9 @@ def _shorten(text: Text, width: float):
 def name_ends(lines: dict[str, Line2D]):
     "Writes each name where its line ends, beside the panel. The limits of the axes must be final."
     ax = next(iter(lines.values())).axes
-    ends = {name: ax.transAxes.inverted().transform(ax.transData.transform(line.get_xydata()[-1]))
-            for name, line in lines.items()}
+    drawn = {name: xy[np.isfinite(xy).all(1)] for name, line in lines.items() for xy in [line.get_xydata()]}
+    place = ax.transData + ax.transAxes.inverted()
+    ends = {name: place.transform(xy[-1]) for name, xy in drawn.items() if len(xy)}
     height = ax.bbox.height
     order = sorted(reversed(ends), key=lambda name: round(ends[name][1] * height))  # of equal ends the first on top
     y = _spread(np.array([ends[name][1] for name in order]).clip(0, 1) * height, _points(ax, 9), 0, height) / height
@@ -120,8 +121,9 @@ def _axes(ax: Axes | None, right: float, left: float = 36) -> Axes:
     fig.subplots_adjust(left=left / 72 / WIDTH, right=1 - right / 72 / WIDTH, bottom=0.4 / HEIGHT, top=1 - 0.2 / HEIGHT)
     return ax
 
-def _check(table: pd.DataFrame, name: str, columns: Collection[str]):
-    if missing := [c for c in columns if c not in table.columns]:
+def _check(table: pd.DataFrame, name: str, columns: Collection[str], gappy: Collection[str] = ()):
+    "Raise ValueError unless there are rows, and in `columns` finite numbers; in `gappy` some may be missing."
+    if missing := [c for c in [*columns, *gappy] if c not in table.columns]:
         raise ValueError(f"the {name} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     if table.empty: raise ValueError(f"the {name} has no rows: nothing to draw")
     for column in table[list(columns)].select_dtypes("number"):
@@ -314,10 +316,11 @@ def plot_plane(
 @style()
 def plot_accuracy(
     trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_active, accuracy_inactive
+                                # (NaN for a class that the step has not seen)
     ax: Axes | None = None,     # where to draw; None: a new figure
 ) -> Axes:
     "Share of active and of inactive units that the soft label decides correctly (mean of five steps), and chance."
-    _check(trace, "trace", ["step", "restart", "loss", "accuracy_active", "accuracy_inactive"])
+    _check(trace, "trace", ["step", "restart", "loss"], ["accuracy_active", "accuracy_inactive"])
     ax, trace = _axes(ax, right=NAME_WIDTH), _smoothed(trace, ["accuracy_active", "accuracy_inactive"])
     lines = {"active": _draw_restarts(ax, trace, "accuracy_active", color=ORANGE, linewidth=2.4),
              "inactive": _draw_restarts(ax, trace, "accuracy_inactive", color=BLUE, linestyle="--", linewidth=1.3)}

@@ -74,7 +74,7 @@ def _types(groups: ArrayLike | None, active: np.ndarray) -> np.ndarray:
     if groups is None: return np.arange(active.size)
     if len(groups) != active.size:
         raise ValueError(f"groups must name the word type of each of the {active.size} units; it has {len(groups)}")
-    return pd.factorize(np.asarray(groups, dtype=object))[0]
+    return pd.factorize(np.asarray(groups, dtype=object), use_na_sentinel=False)[0]
 
 def _resample(types: np.ndarray, active: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     "How often each type is drawn in each of `n` stratified resamples, [n, number of types]."
@@ -132,7 +132,8 @@ def chance(
     seed: int = 0,                     # same seed, same interval
     level: float = 0.95,               # share of the random scorers within the interval
 ) -> pd.DataFrame:                     # metric, value, low, high
-    """What a scorer without knowledge gets on these units: the mean in closed form, the interval by simulation.
+    """What a scorer without knowledge gets on these units: the mean in closed form (for F1 of as many units as one likes,
+    with few it is a little lower), the interval by simulation.
 
     The scorer draws a logit symmetric about zero for each word type, so it fires on a fair coin.
     A score above `high` is better than luck at this sample size. Raises ValueError like `score`."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from html import escape
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -284,7 +285,7 @@ def label_ids(
     order = judge.log_prior.argsort(descending=True, stable=True)
     order = order[lm.admissible[order]]
     if labels is None: return order
-    if isinstance(labels, int):
+    if isinstance(labels, Integral):
         if labels < 1: raise ValueError(f"labels={labels} is not positive")
         return order[:labels]
     if isinstance(labels, str): raise ValueError(f"labels is {labels!r}; give a list of words")

@@ -32,7 +32,7 @@ from torch import Tensor
 from . import synthetic
 from .direct import Direct, direct
 from .discriminator import Channel, channel
-from .feature import ACTIVE, Feature, tokenize
+from .feature import ACTIVE, Feature, active_items, tokenize
 from .lm import LM, load_lm
 from .objective import LossWeights
 from .optimize import Search, fit_logits, has_collapsed, initial_v, score_labels
@@ -51,7 +51,7 @@ def live_part(
     "The words or texts with the fewest tokens, half of them active as far as possible."
     length = [len(lm.encode(" " + text)) for text in feature.texts]
     order = sorted(range(len(length)), key=length.__getitem__)
-    active = [any(span.activation >= ACTIVE for span in spans) for spans in feature.spans]
+    active = active_items(feature)
     on, off = [i for i in order if active[i]], [i for i in order if not active[i]]
     count = min(len(on), max(most // 2, most - len(off)))
     chosen = sorted(on[:count] + off[:most - count])
@@ -453,7 +453,8 @@ class Explorer(widgets.VBox):
 
     def __init__(self, feature: Feature | None = None, lm: LM | None = None):
         self.lm, self.exploration = lm, None
-        self.features = ({feature.name: lambda: feature} if feature else {}) | FEATURES
+        given = {} if feature is None else {feature.name if feature.name != OWN else f"{OWN} (given)": lambda: feature}
+        self.features = given | {name: make for name, make in FEATURES.items() if name not in given}
         self.worker = Worker(self._again, self._failed)
         self.shown = self.cost = self.pace = 0.0  # when there was something drawn last, and seconds: of that, of a step
         self.begun = None  # step that this run began with
@@ -567,7 +568,7 @@ class Explorer(widgets.VBox):
         self.status.value = "asking the language model about the data …"
         controls = Controls(**{name: slider.value for name, slider in self.sliders.items()})
         self.exploration = Exploration(feature, self.lm, self.discriminator.value, controls)
-        known = name in FEATURES and self.discriminator.value == "channel"
+        known = self.features.get(name) is FEATURES.get(name, feature) and self.discriminator.value == "channel"
         self.phases = load_maps(self.lm.name).get(name) if known else None
         self._restart(seed=0)
         self._point()
