@@ -84,6 +84,16 @@ def test_the_weight_of_the_kl_is_the_discriminators_own_unless_it_is_given(discr
     assert calls[0]["weights"]["kl"] == kl
 
 
+def test_a_label_may_have_several_tokens_and_guesses_may_be_left_out(optimizer, feature_file, tmp_path, capsys):
+    calls = optimizer(Result())
+    for text, length in ("2", 2), ("auto", "auto"):
+        options = ["--out", str(tmp_path / text), "--label-tokens", text, "--guesses", "0"]
+        assert main(["label", str(feature_file), *options]) == 0
+        assert (calls[-1]["label_tokens"], calls[-1]["guesses"]) == (length, 0)
+    with pytest.raises(SystemExit): main(["label", str(feature_file), "--label-tokens", "two"])
+    assert "'two' is neither a whole number nor auto" in capsys.readouterr().err
+
+
 def test_an_interrupted_search_is_printed_and_saved(optimizer, feature_file, tmp_path, capsys):
     optimizer(Result(interrupted=True))
     assert main(["label", str(feature_file), "--out", str(tmp_path / "out")]) == 130

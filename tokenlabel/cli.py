@@ -19,6 +19,11 @@ from pathlib import Path
 import tokenlabel
 
 # %% ../nbs/12_cli.ipynb #2c3cc0de
+def _length(text: str) -> int | str:
+    if text == "auto": return text
+    try: return int(text)
+    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
 def _label(options) -> int:
     from tokenlabel.feature import Feature
     feature = Feature.from_jsonl(options.feature)   # before what takes seconds to import: a mistake shows at once
@@ -31,10 +36,11 @@ def _label(options) -> int:
                           kl=WEIGHTS[options.discriminator].kl if options.kl is None else options.kl)
     result = label_feature(
         feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator, weights=weights,
-        restarts=options.restarts, steps=options.steps, heldout=options.heldout, seed=options.seed)
+        label_tokens=options.label_tokens, restarts=options.restarts, steps=options.steps, guesses=options.guesses,
+        heldout=options.heldout, seed=options.seed)
+    print(result)
     result.save(out)
     save_figure(result.plot(), out / "figure")
-    print(result)
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 
@@ -157,8 +163,11 @@ def _parser() -> argparse.ArgumentParser:
 
     label.add_argument("--discriminator", choices=("channel", "direct"), default="channel",
                        help="how the model judges a label (default: channel)")
+    label.add_argument("--label-tokens", type=_length, default=1, metavar="INT",
+                       help="tokens in the label, or auto: as many as pay (default: 1)")
     setting("restarts", 2, "searches that run side by side")
     setting("steps", 50, "gradient steps of each search")
+    setting("guesses", 16, "labels tried because the model expects them behind a list of active words")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
     label.add_argument("--kl", type=float, metavar="FLOAT",
