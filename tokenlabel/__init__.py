@@ -21,7 +21,7 @@ _home = {
     "check_evaluator": "evaluator",
     "oracle": "search",
     "explore": "widgets",
-    "LossWeights": "optimize",
+    "LossWeights": "objective",
     "label_features": "many",
     "label_file": "many",
     "workshop": None,

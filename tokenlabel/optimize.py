@@ -785,6 +785,27 @@ def label_feature(
     rows, interrupted = _run(search, progress)
     return conclude(search, rows, settings, interrupted, start)
 
+# %% ../nbs/06_optimize.ipynb #7fcbcb7b
+def _check_settings(settings: dict) -> None:
+    for name in ("label_tokens", "restarts", "steps", "candidates", "guesses", "batch_size", "seed"):
+        if name == "batch_size" and settings[name] is None: continue
+        try: settings[name] = operator.index(settings[name])
+        except TypeError:
+            kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
+            raise ValueError(f"{name}={settings[name]!r} is {kind}") from None
+    for name in ("label_tokens", "restarts", "steps", "candidates", "lr"):
+        if not 0 < settings[name] < math.inf: raise ValueError(f"{name}={settings[name]} is not positive and finite")
+    if settings["guesses"] < 0: raise ValueError(f"guesses={settings['guesses']} is negative")
+    if not 0 <= settings["seed"] < 2**63: raise ValueError(f"seed={settings['seed']} is not from 0 to 2**63 - 1")
+    if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
+    if settings["batch_size"] is not None and settings["batch_size"] < 2:
+        raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
+    for name in ("temperature", "ramp", "init"):
+        if len(settings[name]) != 2 or not all(map(math.isfinite, settings[name])):
+            raise ValueError(f"{name}={settings[name]} is not a pair of finite numbers")
+    if not min(settings["temperature"]) > 0:
+        raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
+
 
 def check_classes(tokens: TokenizedFeature) -> None:
     "Raise ValueError unless there are units of both classes to fit, and to score if any are held out."
@@ -795,7 +816,7 @@ def check_classes(tokens: TokenizedFeature) -> None:
             raise ValueError(f"{tokens.feature.name}: all {len(active)} units {name} are {kind}; give more data, or "
                              "another seed or share to hold out")
 
-
+# %% ../nbs/06_optimize.ipynb #39d00d1c
 def new_search(
     judge: Channel | Direct,
     settings: dict,  # as of `LabelResult`; gets what only the discriminator knows
@@ -809,7 +830,26 @@ def new_search(
              "batch_size", "seed")
     return Search(judge, weights=weights, **{name: settings[name] for name in names})
 
+# %% ../nbs/06_optimize.ipynb #99dd74f6
+def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
+    "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
+    rows, restarts = [], len(search.v)
+    with tqdm(total=search.steps, disable=callable(progress) or not progress, unit="step") as bar:
+        try:
+            while search.done < search.steps and not has_collapsed(rows, restarts):
+                rows += search.step()
+                now = min(rows[-restarts:], key=lambda row: row["loss"])
+                bar.set_postfix_str(f"{now['tokens'][0]} {now['probabilities'][0]:.2f}, loss {now['loss']:.3f} = "
+                                    f"accuracy {now['accuracy_loss']:.3f}, entropy {now['entropy']:.2f}, "
+                                    f"KL {now['kl']:.1f}", refresh=False)
+                bar.update()
+                if callable(progress): progress(rows[-restarts:])
+        except KeyboardInterrupt:
+            if not rows: raise
+            return rows, True
+    return rows, False
 
+# %% ../nbs/06_optimize.ipynb #3d2cb8dc
 def conclude(
     search: Search,
     rows: list[dict],  # the trace
@@ -838,46 +878,6 @@ def conclude(
     scores = _score_heldout(judge, z_hard[0], z_soft, seed)
     return LabelResult(ranking.label[0], feature, ranking, scores, pd.DataFrame(rows), soft, settings, interrupted,
                        time.perf_counter() - start)
-
-
-def _check_settings(settings: dict) -> None:
-    for name in ("label_tokens", "restarts", "steps", "candidates", "guesses", "batch_size", "seed"):
-        if name == "batch_size" and settings[name] is None: continue
-        try: settings[name] = operator.index(settings[name])
-        except TypeError:
-            kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
-            raise ValueError(f"{name}={settings[name]!r} is {kind}") from None
-    for name in ("label_tokens", "restarts", "steps", "candidates", "lr"):
-        if not 0 < settings[name] < math.inf: raise ValueError(f"{name}={settings[name]} is not positive and finite")
-    if settings["guesses"] < 0: raise ValueError(f"guesses={settings['guesses']} is negative")
-    if not 0 <= settings["seed"] < 2**63: raise ValueError(f"seed={settings['seed']} is not from 0 to 2**63 - 1")
-    if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
-    if settings["batch_size"] is not None and settings["batch_size"] < 2:
-        raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
-    for name in ("temperature", "ramp", "init"):
-        if len(settings[name]) != 2 or not all(map(math.isfinite, settings[name])):
-            raise ValueError(f"{name}={settings[name]} is not a pair of finite numbers")
-    if not min(settings["temperature"]) > 0:
-        raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
-
-# %% ../nbs/06_optimize.ipynb #99dd74f6
-def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
-    "Step until the schedule ends, all restarts have settled, or the user interrupts. Gives trace, interrupted."
-    rows, restarts = [], len(search.v)
-    with tqdm(total=search.steps, disable=callable(progress) or not progress, unit="step") as bar:
-        try:
-            while search.done < search.steps and not has_collapsed(rows, restarts):
-                rows += search.step()
-                now = min(rows[-restarts:], key=lambda row: row["loss"])
-                bar.set_postfix_str(f"{now['tokens'][0]} {now['probabilities'][0]:.2f}, loss {now['loss']:.3f} = "
-                                    f"accuracy {now['accuracy_loss']:.3f}, entropy {now['entropy']:.2f}, "
-                                    f"KL {now['kl']:.1f}", refresh=False)
-                bar.update()
-                if callable(progress): progress(rows[-restarts:])
-        except KeyboardInterrupt:
-            if not rows: raise
-            return rows, True
-    return rows, False
 
 # %% ../nbs/06_optimize.ipynb #63ef1936
 @torch.no_grad()
