@@ -453,9 +453,10 @@ def test_no_more_candidates_are_ranked_than_asked_for_the_restarts_own_and_neigh
     assert long.loss[0] <= short.loss[0] + 1e-6
 
 
-def test_a_guess_wins_if_it_is_better_than_all_that_the_descent_has_met():
+def test_a_guess_wins_if_it_is_better_than_all_that_the_descent_has_met(monkeypatch):
     lm = make_tiny_lm("llama")
     everything = int(lm.admissible.sum())
+    monkeypatch.setattr(module, "LIKED", everything)
     result = run(steps=1, restarts=1, candidates=everything, guesses=everything)
     judge = channel(lm, tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0)))
     best = rank_labels(judge, lm.admissible.nonzero()[:, 0])[0]
