@@ -205,7 +205,7 @@ def test_in_the_long_run_every_sequence_is_drawn_equally_often():
 def trace_of(*tops: list[tuple[str, float]]) -> list[dict]:
     "A trace from the top token of each restart, step by step."
     return [dict(step=step, restart=r, tokens=[token, "x"], probabilities=[p, 1 - p], accuracy_loss=0.3,
-                 hard_accuracy_loss=0.3 if p > 0.99 else 0.4)
+                 hard_accuracy_loss=0.3 if p > 0.99 else 0.4, accuracy_active=1.0, accuracy_inactive=1.0)
             for step, restarts in enumerate(tops) for r, (token, p) in enumerate(restarts)]
 
 
@@ -224,6 +224,11 @@ SETTLED = [("a", 0.995), ("b", 0.999)]
 ])
 def test_restarts_have_collapsed_when_all_are_sure_of_one_token_for_a_while(tops, expected):
     assert has_collapsed(trace_of(*tops), 2, patience=5) is expected
+
+
+def test_steps_that_have_seen_one_class_only_say_nothing_about_that():
+    rows = trace_of(*5 * [SETTLED])
+    assert has_collapsed(rows, 2) and not has_collapsed([*rows[:-1], rows[-1] | {"accuracy_active": math.nan}], 2)
 
 
 def test_a_search_ends_when_all_restarts_have_settled():

@@ -297,7 +297,8 @@ def has_collapsed(
     if len(last) < patience * restarts: return False
     settled = {(row["restart"], row["tokens"][0]) for row in last}
     return len(settled) == restarts and all(
-        row["probabilities"][0] > SURE and abs(row["hard_accuracy_loss"] - row["accuracy_loss"]) < gap for row in last)
+        row["probabilities"][0] > SURE and abs(row["hard_accuracy_loss"] - row["accuracy_loss"]) < gap
+        and math.isfinite(row["accuracy_active"] + row["accuracy_inactive"]) for row in last)  # both classes were seen
 
 # %% ../nbs/06_optimize.ipynb #5efb2a99
 class Scores(NamedTuple):
