@@ -539,7 +539,8 @@ class Display:
         self.finished += 1
         if not self.shown: return
         # what comes after the last step takes its time as well, so a run that has only that to do is not yet done
-        done = self.finished + sum(.8 * self.taken[n] / self.steps[n] for n in self.running)
+        # (and one whose label gets longer token by token takes its steps several times)
+        done = self.finished + sum(.8 * min(1, self.taken[n] / self.steps[n]) for n in self.running)
         left = (time.perf_counter() - self.start) * (len(self.names) / done - 1)
         rest = f", about {_time(left)} left" if self.finished < len(self.names) else ""
         self.bar.write(f"{self.names[number]}: {result.label!r}, {_time(result.seconds)} "
