@@ -80,12 +80,12 @@ def preset_options(
 ) -> dict[str, Any]:
     "Arguments for `label_feature`. There are no guesses: what the paper claims, it claims of the descent."
     check_preset(experiment, preset)
-    if not 0 < heldout < 1: raise ValueError(f"heldout={heldout} is not between 0 and 1: an experiment scores held-out words")
+    if not 0 < heldout < 1: raise ValueError(f"heldout={heldout} is not between 0 and 1, and held-out words are scored")
     usual = WEIGHTS.get(changes.get("discriminator") or "channel", LossWeights())
     options = {"weights": usual, "guesses": 0, "heldout": heldout} | (QUICK if quick else {})
     if preset == "paper":
         units = ceil((1 - heldout) * len(tokenize(feature, lm).activation))
-        options = {"guesses": 0, "heldout": heldout} | PAPER[experiment].options(units, feature.mode) | (QUICK if quick else {})
+        options |= PAPER[experiment].options(units, feature.mode) | (QUICK if quick else {})
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("discriminator") == "channel": options.pop("prompts", None)  # a question is of no use to it
     weights = {name: changes.pop(name) for name in ("entropy", "kl") if name in changes}
