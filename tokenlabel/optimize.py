@@ -608,7 +608,8 @@ class LabelResult:
     "What `label_feature` found."
     label: str  # exact text, with its leading space
     feature: Feature
-    ranking: pd.DataFrame  # candidates, best first: what `rank_labels` gives, and step and restart where first met (-1 for a guess)
+    ranking: pd.DataFrame  # candidates, best first: what `rank_labels` gives, and step and restart where first met (for a
+    # guess -1)
     heldout: pd.DataFrame  # label ("hard", "soft", "chance"), metric, value, low, high; empty if nothing was held out
     trace: pd.DataFrame  # for each step and restart: schedule, losses, accuracies, the most probable label's own
     # accuracy loss (NaN in steps that did not judge it), ten top tokens and probabilities
