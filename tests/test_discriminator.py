@@ -254,7 +254,7 @@ def test_a_prompt_is_not_changed_by_its_use(family):
     for _ in range(3):
         runs.append(token_log_probs(lm, prompt, label, packing))
         runs[-1].sum().backward()
-        in_chunks(lm, prompt, lm.embed([[50], [60]]), packing)
+        in_chunks(lm, [prompt], lm.embed([[50], [60]]), packing)
     assert all(torch.equal(run, runs[0]) for run in runs)
     for (k, v), (old_k, old_v) in zip(prompt.cache, kept):
         assert torch.equal(k, old_k) and torch.equal(v, old_v)
@@ -295,7 +295,7 @@ def test_labels_in_small_parts_give_the_same_numbers(monkeypatch):
     for positions, block in ((1, 2**23), (40, 1), (2048, 5 * 320 * 3)):  # one label at a time, one place at a time, a few
         monkeypatch.setattr(module, "POSITIONS", positions)
         monkeypatch.setattr(module, "BLOCK", block)
-        assert close(in_chunks(lm, prompt, labels, packing), whole, 1e-5)
+        assert close(in_chunks(lm, [prompt], labels, packing)[0], whole, 1e-5)
 
 
 # --- the prompt -------------------------------------------------------------------------------------------------------

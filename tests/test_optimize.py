@@ -26,7 +26,7 @@ from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
 from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, guessed, hard_end, hard_kl, hard_loss,
                                  has_collapsed, label_feature, look_size, neighbors, rank_labels, relatives,
-                                 schedule, spelled, top_labels)
+                                 schedule, spelled, top_labels, top_of_slots)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)
@@ -904,7 +904,7 @@ def test_top_labels_are_the_most_probable_pairs():
     log_p = log_softlabel(torch.randn(2, len(lm.embedding), generator=torch.Generator().manual_seed(0)), 0.3, lm.admissible)
     pairs = (log_p[0][:, None] + log_p[1]).flatten()
     best = pairs.topk(10)
-    found = top_labels(log_p, lm, 10)
+    found = top_labels(*map(torch.Tensor.tolist, top_of_slots(log_p, lm)))
     assert [a * len(lm.embedding) + b for (a, b), _ in found] == best.indices.tolist()
     assert [p for _, p in found] == pytest.approx(best.values.exp().tolist(), rel=1e-4)
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from .discriminator import attention, longest_input, next_log_prior, next_log_prob
+from .discriminator import attention, longest_input, next_log_prior, next_log_prob, room
 from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 
@@ -284,7 +284,7 @@ def read_levels(
         R, width = len(level.ids), max(map(len, level.ids))
         length += width
         hidden = []
-        for rows in torch.arange(R).split(max(1, READ // length)):
+        for rows in torch.arange(R).split(max(1, room(lm, READ) // length)):
             own, last = read_on(lm, past_of(lm, done, level.parent[rows]), [level.ids[row] for row in rows.tolist()])
             hidden.append(last)
             if rows[0] == 0:
@@ -417,7 +417,8 @@ def _ask_all(
 ) -> Any:  # what `read` gives, of all pairs of a label and a unit: [B, U, ...]
     past = past_of(judge.lm, judge.levels, batch.unit)
     pairs = torch.cartesian_prod(torch.arange(len(label)), torch.arange(len(batch.unit)))
-    parts = pairs.split(max(1, judge.positions // (label.shape[1] + len(judge.after))))
+    positions = judge.positions if label.requires_grad else room(judge.lm, judge.positions)
+    parts = pairs.split(max(1, positions // (label.shape[1] + len(judge.after))))
     run = _ask if len(parts) == 1 else partial(checkpoint, _ask, use_reentrant=False)
     whole = lambda found: torch.cat(found).unflatten(0, (len(label), -1))
     found = [run(judge, label, past, part, read) for part in parts]

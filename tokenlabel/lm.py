@@ -278,9 +278,8 @@ def _decode(tokenizer, ids: list[int]) -> str:
     return text[len(before):]
 
 
-def _bytes(tokenizer, id: int) -> bytes:
-    "The bytes a token stands for."
-    text = _decode(tokenizer, [id])
+def _bytes(tokenizer, id: int, text: str) -> bytes:
+    "The bytes a token stands for, whose text may not be whole characters."
     if "\ufffd" not in text:
         return text.encode()
     piece = tokenizer.convert_ids_to_tokens(id)
@@ -376,6 +375,11 @@ class LM:
         "True where a token may be a label: not a control token, not a padded id that the tokenizer lacks. [V] bool"
         return _admissible(self.tokenizer, len(self.embedding)).to(self.device)
 
+    @cached_property
+    def label_count(self) -> int:
+        "How many tokens may be a label."
+        return int(self.admissible.sum())
+
     def embed(self, ids) -> Tensor:
         "What the model's first layer gets for these ids, to be used as `inputs_embeds`. [...] to [..., d]"
         return self.embedding[torch.as_tensor(ids, dtype=torch.long, device=self.device)] * self.embed_scale
@@ -399,14 +403,19 @@ class LM:
 
     def token(self, id: int) -> str:
         "Exact text of a token (U+FFFD where it is a fragment of a character, empty for an id without a token)."
-        return _decode(self.tokenizer, [int(id)]) if self._known(int(id)) else ""
+        id = int(id)
+        if id not in self._texts: self._texts[id] = _decode(self.tokenizer, [id]) if self._known(id) else ""
+        return self._texts[id]
+
+    @cached_property
+    def _texts(self) -> dict[int, str]: return {}  # of the tokens that were asked for
 
     def show(self, ids: int | Sequence[int] | Tensor) -> str:
         "A token, or several in a row, for people: a space as ·, a newline as ⏎, fragments of characters as ⟨E4 B8⟩."
         shown, run = [], b""
         for id in torch.as_tensor(ids).flatten().tolist():
             if self._known(id):
-                run += _bytes(self.tokenizer, id)
+                run += _bytes(self.tokenizer, id, self.token(id))
             else:
                 shown, run = [*shown, _show(run), f"⟨id {id}⟩"], b""
         return "".join([*shown, _show(run)])
@@ -481,7 +490,7 @@ def _measured(lm: LM) -> tuple[LM, str]:  # with its `logit_scale`; what is not 
     if "local" in (getattr(lm.model.config, "attention_layers", None) or ()):  # as in GPT-Neo
         return lm, ("its local attention counts places in memory, where words that are read side by side would push "
                     "each other out of sight")
-    ids = lm.admissible.nonzero()[:, 0][::max(1, int(lm.admissible.sum()) // 5)][None, :5]  # [1, 5], spread out
+    ids = lm.admissible.nonzero()[:, 0][::max(1, lm.label_count // 5)][None, :5]  # [1, 5], spread out
     embedded = lm.embed(ids)
     if not _close(lm.model.get_input_embeddings()(ids), embedded):
         return lm, f"the input of its first layer is not embedding[ids] * {lm.embed_scale:g}"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOGETHER', 'MOST', 'KEPT', 'RETRIES', 'ENGINES', 'Known', 'read_prompts', 'learn_words', 'shared_channel', 'Query',
            'forward_together', 'predict_together', 'read_together', 'inputs_together', 'praised_together',
-           'step_together', 'search_together', 'Live', 'settings_of', 'Lost', 'process_worker', 'start_ray', 'Labeler',
-           'start_actor', 'ray_worker', 'run_workers', 'label_features', 'read_features', 'result_row', 'read_results',
-           'label_file']
+           'step_together', 'search_together', 'Live', 'one_step', 'to_the_end', 'settings_of', 'Lost',
+           'process_worker', 'start_ray', 'Labeler', 'start_actor', 'ray_worker', 'run_workers', 'label_features',
+           'read_features', 'result_row', 'read_results', 'label_file']
 
 # %% ../nbs/06c_many.ipynb #9451deb5
 import json
@@ -37,7 +37,7 @@ from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (WEIGHTS, LabelResult, Search, StepInput, _check_settings, check_classes, conclude, has_collapsed,
+from .optimize import (WEIGHTS, LabelResult, Search, StepInput, _check_settings, _run, check_classes, conclude, has_collapsed,
                                  label_feature, new_search, praised)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
@@ -237,24 +237,22 @@ def search_together(
 ) -> Iterator[tuple[int, LabelResult | Exception]]:  # as they finish; an error where a feature cannot be labeled
     "Label features with the channel discriminator, so many at a time."
     known, live, waiting, source = {}, {}, [], iter(jobs)
+    most, move = (1, to_the_end) if lm.device.type == "cuda" else (together, one_step)
     while True:
-        if len(live) < together and not waiting:
+        if len(live) < most and not waiting:
             waiting = [(number, _tokenized(job, lm, known)) for number, job in islice(source, together)]
             for kind, sequences in _by_kind(waiting).items():
                 if len(known[kind].baseline) > KEPT: known[kind].baseline.clear()  # `shared_channel` learns what it lacks
                 learn_words(known[kind], sequences)
-        while waiting and len(live) < together:
+        while waiting and len(live) < most:
             number, begun = waiting.pop(0)
             if isinstance(begun, Exception): yield number, begun
             else:
                 try: live[number] = _begin(begun, known)
                 except ValueError as error: yield number, error
         if not live: return
-        for number, rows in zip(list(live), step_together([one.search for one in live.values()])):
-            one = live[number]
-            one.rows.extend(rows)
-            if one.search.done < one.search.steps and not has_collapsed(one.rows, len(one.search.v)): continue
-            del live[number]
+        for number in move(live):
+            one = live.pop(number)
             try: result = conclude(one.search, one.rows, one.settings, False, one.start)
             except ValueError as error: result = error
             if getattr(result, "interrupted", False): raise KeyboardInterrupt  # meant for all of them
@@ -267,6 +265,22 @@ class Live(NamedTuple):
     rows: list[dict]
     settings: dict
     start: float
+
+
+def one_step(live: dict[int, Live]) -> list[int]:  # numbers of those that are finished
+    "Move all searches by a step."
+    for one, rows in zip(live.values(), step_together([one.search for one in live.values()])): one.rows.extend(rows)
+    return [number for number, one in live.items()
+            if one.search.done >= one.search.steps or has_collapsed(one.rows, len(one.search.v))]
+
+
+def to_the_end(live: dict[int, Live]) -> list[int]:  # their numbers
+    "Move each search by all its steps."
+    for one in live.values():
+        rows, interrupted = _run(one.search, False)
+        if interrupted: raise KeyboardInterrupt
+        one.rows.extend(rows)
+    return [*live]
 
 
 def settings_of(lm: LM, options: dict) -> dict:

@@ -407,7 +407,7 @@ def word_table(
     with tqdm(total=len(new), disable=not progress or not new, unit="label") as bar:
         for start in range(0, len(new), SAVED):
             for part in torch.tensor(new[start:start + SAVED], device=lm.device).split(CHUNK):
-                rows.append(in_chunks(lm, prompt, lm.embed(part[:, None]), packed).cpu().half())
+                rows.append(in_chunks(lm, [prompt], lm.embed(part[:, None]), packed)[0].cpu().half())
                 bar.update(len(part))
             known = np.concatenate([known, new[start:start + SAVED]])
             if file is not None: _write_rows(known, rows, file)
@@ -536,7 +536,7 @@ def hotflip(task: Task, promising: int = 32, tries: int = 4) -> Iterator[None]:
         [id] = task.draw()
         better = True
         while better:
-            most = min(promising, int(task.lm.admissible.sum()))
+            most = min(promising, task.lm.label_count)
             for few in flips(task, id).topk(most, largest=False).indices.split(tries):
                 losses = task.score(torch.cat([id[None], few]))
                 yield
@@ -550,7 +550,7 @@ def gcg(task: Task, promising: int = 256, tries: int = 32) -> Iterator[None]:
     "Greedy coordinate gradient (Zou et al. 2023)."
     [id] = task.draw()
     while True:
-        pool = flips(task, id).topk(min(promising, int(task.lm.admissible.sum())), largest=False).indices
+        pool = flips(task, id).topk(min(promising, task.lm.label_count), largest=False).indices
         drawn = pool[torch.randperm(len(pool), generator=task.generator)[:tries]]
         id = drawn[task.score(drawn).argmin()]
         yield
@@ -664,7 +664,7 @@ def explainer(task: Task, lm: LM | None = None, shown: int = 20) -> Iterator[Non
     hidden = lm.model.base_model(input_ids=torch.tensor([lm.encode_start(text)], device=lm.device)).last_hidden_state
     guesses = lm.logits(hidden[0, -1]).float().masked_fill(~task.lm.admissible, -math.inf)
     if lm is not task.lm: task.meter.positions += len(lm.encode_start(text))  # the meter is at the evaluator
-    return _try(task, guesses.argsort(descending=True)[:int(task.lm.admissible.sum())])
+    return _try(task, guesses.argsort(descending=True)[:task.lm.label_count])
 
 
 RIVALS: dict[str, Rival] = {

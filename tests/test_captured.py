@@ -1,0 +1,107 @@
+"""Steps that are laid out beforehand do what the search does. (On a GPU they are recorded: see test_cuda.py.)"""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, make_tiny_lm
+
+from tokenlabel import captured, synthetic
+from tokenlabel.captured import ROUND, Steps, make_plan, playable, played, recorded, stacked, stepping
+from tokenlabel.discriminator import channel
+from tokenlabel.feature import tokenize
+from tokenlabel.objective import LossWeights
+from tokenlabel.optimize import Search
+from tokenlabel.search import count_positions
+
+NAMES = ("loss", "accuracy_loss", "entropy", "kl", "hard_accuracy_loss", "temperature", "entropy_weight")
+
+
+def judge_of(family="llama", mode="words", label_tokens=1, prompts=None, size=None):
+    lm, feature = make_tiny_lm(family), synthetic.animals(0, mode, size=size or {"words": 24, "texts": 10}[mode])
+    return channel(lm, tokenize(feature, lm, feature.heldout_types(0.3, 0)), prompts, label_tokens)
+
+
+def compare(one, other, steps=6):
+    "Step both searches, the second as it would be played."
+    rows = [row for _ in range(steps) for row in one.step()]
+    for step in played(other): again = [row for _ in range(steps) for row in step()]
+    for row, same in zip(rows, again, strict=True):
+        for name in NAMES: assert same[name] == pytest.approx(row[name], abs=1e-4, nan_ok=True), name
+        assert same["tokens"] == row["tokens"] and same["probabilities"] == pytest.approx(row["probabilities"], abs=1e-4)
+    assert one.met == other.met and one.times == other.times
+    assert (one.v - other.v).abs().max() < 1e-3 and other.v.is_leaf and other.v.requires_grad
+    assert one.done == other.done == steps and torch.equal(one.generator.get_state(), other.generator.get_state())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["words", "texts"])
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_laid_out_steps_do_what_the_search_does(family, mode, label_tokens):
+    judge = judge_of(family, mode, label_tokens)
+    assert len({len(prompt.before) for prompt in judge.prompts}) > 1, "caches are padded"
+    compare(*(Search(judge, label_tokens=label_tokens, steps=8) for _ in range(2)))
+
+
+@pytest.mark.parametrize("options", [
+    dict(calibrated=False, weights=LossWeights(active=None, entropy=0.3)), dict(restarts=3, lr=0.1, weight_decay=0.1),
+    dict(temperature=(1.0, 1.0), ramp=(1.0, 1.0)), dict(batch_size=5, weights=LossWeights(active=0.8, accuracy=2.0))])
+def test_settings_count(options):
+    judge = judge_of("qwen2")
+    compare(*(Search(judge, steps=8, **options) for _ in range(2)))
+
+
+def test_one_recording_serves_searches_of_the_same_shapes():
+    judge = judge_of("gpt2")
+    captured._waiting.pop(judge.lm, None)
+    for seed in range(3): compare(*(Search(judge, steps=8, seed=seed) for _ in range(2)))
+    kept = captured._waiting[judge.lm]
+    assert 1 <= len(kept) < 3
+    compare(*(Search(judge, steps=8, lr=0.2) for _ in range(2)))  # other settings are another recording
+    assert len(captured._waiting[judge.lm]) == len(kept)
+    for steps in range(3, 10): compare(*(Search(judge, steps=steps) for _ in range(2)), steps=2)
+    assert len(captured._waiting[judge.lm]) <= captured.KEPT
+
+
+def test_a_step_that_fails_leaves_the_search_as_it_was(monkeypatch):
+    judge = judge_of("llama")
+    search, other = (Search(judge, steps=8) for _ in range(2))
+    def refuse(steps): raise RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(captured, "recorded", refuse)
+    monkeypatch.setattr(captured, "_unfit", set())
+    captured._waiting.pop(judge.lm, None)
+    for step in played(search): rows = step()
+    assert judge.lm in captured._unfit and rows == other.step()
+
+
+def test_only_a_search_on_a_gpu_with_even_prompts_is_played_and_only_if_nobody_counts():
+    class OnGPU:  # a search as far as `playable` looks at it
+        def __init__(self, judge, done=0): self.discriminator, self.done, self.v = judge, done, type("v", (), {"is_cuda": True})
+    judge = judge_of("llama")
+    assert playable(OnGPU(judge)) and not playable(Search(judge)) and not playable(OnGPU(judge, done=1))
+    assert not playable(OnGPU(judge_of("llama", prompts=["A {label}:", "Some {label} are these:"])))
+    with count_positions(judge.lm): assert not playable(OnGPU(judge))
+    assert playable(OnGPU(replace(judge)))
+    search = Search(judge)
+    with stepping(search) as step: assert step == search.step
+
+
+def test_padding_counts_nowhere():
+    search = Search(judge_of("llama"), steps=5)
+    batches = [search.draw(size) for size in (8, 3, 6, 2, 7)]
+    plan = make_plan(search, batches)
+    for table, size in zip((plan.ids, plan.place, plan.column, plan.kind), (2, 1, 1, 1)): assert table.shape[size] % ROUND == 0
+    for batch, kind, weight, unit in zip(batches, plan.kind, plan.weight, plan.unit):
+        count = len(batch.unit)
+        assert (kind[:count] >= 0).all() and (kind[count:] == -1).all() and not weight[:, count:].any()
+        assert weight.sum() == pytest.approx(1) and unit.bincount(minlength=len(kind) + 1)[count:-1].sum() == 0
+
+
+def test_rows_are_padded_to_a_round_size():
+    rows = stacked([torch.ones(3), torch.ones(ROUND + 1)], value=2.0)
+    assert rows.shape == (2, 2 * ROUND) and rows.sum() == 3 + ROUND + 1 + 2.0 * (4 * ROUND - 4 - ROUND)
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    search = Search(judge_of("llama"), steps=2)
+    steps = Steps(search, make_plan(search, [search.draw(4) for _ in range(2)]))
+    assert recorded(steps) == steps.step
