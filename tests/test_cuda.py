@@ -56,8 +56,8 @@ def test_logits_and_gradients(pair, kind, mode, label_tokens):
         label = embed_softlabel(log_softlabel(v, 1.0, lm.admissible), lm)
         z, log_prior = judge.read(label, judge.batch())
         (z.square().sum() + log_prior.exp().square().sum()).backward()
-        found.append([x.detach().cpu() for x in (z, log_prior, v.grad)])
-    for cpu, gpu in zip(*found): assert (cpu - gpu).abs().max() <= 1e-4 * cpu.abs().clamp(max=1e3).max()
+        found.append([x.detach().cpu() for x in (z, log_prior.exp(), v.grad)])
+    for cpu, gpu in zip(*found): assert (cpu - gpu).abs().max() <= 2e-4 * cpu.abs().max()
 
 
 @pytest.mark.parametrize("kind, mode", KINDS)
