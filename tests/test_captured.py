@@ -10,7 +10,7 @@ from tokenlabel.captured import ROUND, Steps, make_plan, playable, played, recor
 from tokenlabel.discriminator import channel
 from tokenlabel.feature import tokenize
 from tokenlabel.objective import LossWeights
-from tokenlabel.optimize import Search
+from tokenlabel.descent import Search
 from tokenlabel.search import count_positions
 
 NAMES = ("loss", "accuracy_loss", "entropy", "kl", "hard_accuracy_loss", "temperature", "entropy_weight")

@@ -15,7 +15,8 @@ from tokenlabel.lm import load_lm
 from tokenlabel.many import label_features
 from tokenlabel.negatives import reach
 from tokenlabel.objective import LossWeights
-from tokenlabel.optimize import DISCRIMINATORS, Search, label_feature, score_labels
+from tokenlabel.descent import Search
+from tokenlabel.optimize import DISCRIMINATORS, label_feature, score_labels
 from tokenlabel.phase import sweep
 from tokenlabel.search import RIVALS, oracle, race
 from tokenlabel.softlabel import embed_softlabel, log_softlabel

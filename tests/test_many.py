@@ -21,7 +21,8 @@ from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.many import (Query, label_features, label_file, learn_words, read_features, read_prompts,
                              read_together, shared_channel, step_together)
-from tokenlabel.optimize import Search, label_feature
+from tokenlabel.descent import Search
+from tokenlabel.optimize import label_feature
 
 WORDS = ["cat", "dog", "horse", "house", "car", "red", "book", "animal", "the horse", "things", "mat", "text"]
 PROMPTS = ["Examples of {label}:", "the {label} and"]

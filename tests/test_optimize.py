@@ -24,9 +24,9 @@ from tokenlabel.discriminator import channel, make_batch, next_log_prior
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
-from tokenlabel.optimize import (STARTS, LabelResult, Search, draw_items, grow, guessed, hard_end, hard_kl, hard_loss,
-                                 has_collapsed, label_feature, look_size, neighbors, rank_labels, relatives,
-                                 schedule, spelled, top_labels, top_of_slots)
+from tokenlabel.descent import Search, draw_items, has_collapsed, schedule, spelled, top_labels, top_of_slots
+from tokenlabel.optimize import (STARTS, LabelResult, grow, guessed, hard_end, hard_kl, hard_loss, label_feature,
+                                 look_size, neighbors, rank_labels, relatives)
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
 
 few = settings(max_examples=60, deadline=None)

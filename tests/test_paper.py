@@ -14,7 +14,8 @@ from tokenlabel.evaluator import check_evaluator
 from tokenlabel.experiment import list_experiments, run_experiment
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import _locate, load_lm
-from tokenlabel.optimize import Search, label_feature
+from tokenlabel.descent import Search
+from tokenlabel.optimize import label_feature
 from tokenlabel.paper import (PAPER, Verdict, cause, is_among, judge_claim, load_verdicts, overview, preset_lm,
                               preset_options, save_verdicts, sum_up, verdict, verdict_table)
 

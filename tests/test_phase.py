@@ -9,7 +9,7 @@ import torch
 
 from tokenlabel.feature import Feature
 from tokenlabel.objective import LossWeights
-from tokenlabel.optimize import Search, initial_v
+from tokenlabel.descent import Search, initial_v
 from tokenlabel.phase import (FAVORITE, LOOK, MIXED, OTHER, RIGHT, descend, load_maps, map_html, map_svg, maps_file,
                               phase_of, place, plot_phase_map, save_maps, sweep)
 from tokenlabel.widgets import make_judge

@@ -12,7 +12,7 @@ import torch
 
 from tokenlabel import widgets
 from tokenlabel.feature import ACTIVE, Feature
-from tokenlabel.optimize import Search
+from tokenlabel.descent import Search
 from tokenlabel.widgets import (LIVE, OWN, Controls, Exploration, Explorer, Worker, cooled, data_html, draw, error_html,
                                 explore, live_part, make_judge, make_sliders, own_feature, png, read_words, tokens_html,
                                 view)

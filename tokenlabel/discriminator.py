@@ -172,7 +172,7 @@ def forward_rows(
     packing: Packing,
 ) -> Tensor:  # [Q, B, K, m + P, d], last hidden states from the label's first token on, m of them in the prompt
     "Run the language model over Q prompts times B labels times K packed rows."
-    (B, T, d), (K, P), Q = label.shape, packing.ids.shape, len(prompts)
+    (B, T, _), (K, P), Q = label.shape, packing.ids.shape, len(prompts)
     lengths = [len(prompt.before) for prompt in prompts]
     n, m = max(lengths), T + len(prompts[0].after)
     after = lm.embed([prompt.after for prompt in prompts])  # [Q, m - T, d]

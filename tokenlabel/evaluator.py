@@ -18,10 +18,11 @@ import torch
 
 from .direct import Direct, Question
 from .discriminator import Channel
-from .feature import ACTIVE, Feature, active_items, tokenize
+from .feature import Feature, active_items, tokenize
 from .lm import LM
 from .objective import LossWeights
-from .optimize import DISCRIMINATORS, WEIGHTS, Search, draw_items, rank_labels
+from .descent import Search, draw_items
+from .optimize import DISCRIMINATORS, WEIGHTS, rank_labels
 from .score import score
 
 # %% ../nbs/06b_evaluator.ipynb #17985296

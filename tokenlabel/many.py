@@ -37,8 +37,9 @@ from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
-from .optimize import (WEIGHTS, LabelResult, Search, StepInput, _check_settings, _run, check_classes, conclude, has_collapsed,
-                                 label_feature, new_search, praised)
+from .descent import Search, StepInput, has_collapsed, praised
+from .optimize import (WEIGHTS, LabelResult, _check_settings, _run, check_classes, conclude, label_feature,
+                                 new_search)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
 class Known(NamedTuple):

@@ -25,7 +25,7 @@ from .direct import Direct
 from .discriminator import Channel
 from .evaluator import spellings
 from .objective import balanced_bce, calibrate, kl_divergence
-from .optimize import initial_v, schedule
+from .descent import initial_v, schedule
 from .plot import BLACK, BLUE, ORANGE, PURPLE, WIDTH, drawable, style
 from .softlabel import embed_softlabel, entropy, log_softlabel
 

@@ -42,9 +42,10 @@ from .feature import ACTIVE, Feature, tokenize
 from .lm import LM
 from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_weights, cross_entropy
 from .objective import kl_divergence
-from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, Search, best_by_look,
-                                 draw_items, fit_logits, guessed, hard_end, hard_loss, has_collapsed, initial_v,
-                                 look_size, neighbors, rank_labels, relatives, shortlist)
+from .descent import Search, draw_items, has_collapsed, initial_v
+from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, best_by_look, fit_logits,
+                                 guessed, hard_end, hard_loss, look_size, neighbors, rank_labels, relatives,
+                                 shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel

@@ -35,7 +35,8 @@ from .discriminator import Channel, channel
 from .feature import ACTIVE, Feature, active_items, tokenize
 from .lm import LM, load_lm
 from .objective import LossWeights
-from .optimize import Search, fit_logits, has_collapsed, initial_v, score_labels
+from .descent import Search, has_collapsed, initial_v
+from .optimize import fit_logits, score_labels
 from .phase import load_maps, map_html
 from .plot import BLUE, GREEN, VERMILLION, WIDTH, drawable, plot_losses, plot_plane, style
 
