@@ -491,3 +491,28 @@ def test_in_half_precision_the_numbers_are_nearly_the_same():
         assert label.dtype == one.dtype
         found.append(token_log_probs(one, judge.prompts[0], label, make_batch(judge.tokens).packing))
     assert found[1].dtype == torch.float32 and close(*found, 0.5)
+
+
+UNEVEN = ("A {label}:", "The following are examples of {label}:", "Some {label} are:")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_all_prompts_in_one_pass_say_what_each_says_alone(family, label_tokens):
+    lm = make_tiny_lm(family)
+    feature = Feature.from_words("e", active=["e", "ee", "the bee"], inactive=["a", "dog", "cat"])
+    judge = channel(lm, tokenize(feature, lm), UNEVEN, label_tokens)
+    assert len({len(p.before) for p in judge.prompts}) == 3 and len({len(p.after) for p in judge.prompts}) == 2
+    label = embed_softlabel(random_softlabel(lm, 0, 3, label_tokens), lm)
+    batch, turns = judge.batch(), range(3)
+    with torch.no_grad():
+        z, log_prior = judge.read(label, batch)
+        alone = [judge.read(label, batch, turn) for turn in turns]
+        assert close(z, torch.stack([one for one, _ in alone]).mean(0), 1e-4)
+        mean = torch.stack([one for _, one in alone]).mean(0)
+        assert close(log_prior[..., lm.admissible], mean[..., lm.admissible], 1e-4)
+        end = torch.stack([judge.log_end(label, turn) for turn in turns]).mean(0)
+        assert close(judge.log_end(label), end, 1e-4)
+        ids = torch.arange(40, 40 + 5 * label_tokens).reshape(5, label_tokens)
+        hard = torch.stack([judge.hard_logits(ids, batch, turn) for turn in turns]).mean(0)
+        assert close(judge.hard_logits(ids, batch), hard, 1e-4)
