@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     prompt: Tensor  # long [S], whose turn it is
     ids: Tensor  # long [S, K, P]
     position: Tensor  # long [S, K, m + P], with m positions of the label and the rest of the prompt
-    mask: Tensor  # [S, K, 1, m + P, n + m + P], as of `attention_mask`, behind n positions of the prompt
+    hidden: Tensor  # bool [S, K, 1, m + P, n + m + P], where `attention_mask` forbids, behind n positions of the prompt
     place: Tensor  # long [S, M], in [K, 1 + P] flattened
     column: Tensor  # long [S, N], which place predicts a token
     target: Tensor  # long [S, N], the token
@@ -64,7 +64,7 @@ def make_plan(
         turn, packing, fit = step % len(judge.prompts), batch.packing, ~tokens.heldout[batch.unit]
         more, longer = K - len(packing.ids), P - packing.ids.shape[1]
         own = len(judge.prompts[turn].before)
-        mask = attention_mask(n, m, pad(packing.visible, (0, longer, 0, longer, 0, more)), n - own)
+        hidden = attention_mask(n, m, pad(packing.visible, (0, longer, 0, longer, 0, more)), n - own) < 0
         head = torch.arange(own, own + m).expand(K, -1)
         row, inside = packing.source // (1 + packing.ids.shape[1]), packing.source % (1 + packing.ids.shape[1])
         place, column = (row * (1 + P) + inside).unique(return_inverse=True)
@@ -75,14 +75,14 @@ def make_plan(
         steps.append(Plan(
             torch.tensor(temperature), torch.tensor(share * search.weights.entropy), torch.tensor(turn),
             pad(packing.ids, (0, longer, 0, more)),
-            torch.cat([head, own + m + pad(packing.offset, (0, longer, 0, more))], 1), mask, place, column,
+            torch.cat([head, own + m + pad(packing.offset, (0, longer, 0, more))], 1), hidden, place, column,
             packing.target, number[batch.of_unit], judge.baseline[turn, batch.token].cpu(),
             torch.stack(class_weights(activation, search.weights.active)), (activation >= ACTIVE).long()))
     whole = Plan(*map(list, zip(*steps)))
     unit, kind = stacked(whole.unit, -1), stacked(whole.kind, -1)
     ragged = {name: stacked(getattr(whole, name)) for name in ("place", "column", "target", "baseline")}
     weight = torch.stack([stacked([pair[i] for pair in whole.weight]) for i in (0, 1)], 1)
-    even = {name: torch.stack(getattr(whole, name)) for name in ("temperature", "entropy", "prompt", "ids", "position", "mask")}
+    even = {name: torch.stack(getattr(whole, name)) for name in ("temperature", "entropy", "prompt", "ids", "position", "hidden")}
     return Plan(**even, **ragged, unit=unit.where(unit >= 0, kind.shape[1]), weight=weight, kind=kind)
 
 # %% ../nbs/05c_captured.ipynb #a8d555ec
@@ -117,10 +117,11 @@ class Steps:
         inputs = torch.cat([head[:, None].expand(-1, K, -1, -1), body.expand(R, -1, -1, -1)], 2).flatten(0, 1)
         cache = DynamicCache([tuple(part.index_select(0, now.prompt).expand(R * K, -1, -1, -1) for part in layer)
                               for layer in self.caches])
-        with attention(label, R * now.mask.numel()):
+        mask = now.hidden.to(self.lm.dtype) * torch.finfo(torch.float16).min
+        with attention(label, R * mask.numel()):
             hidden = self.lm.model.base_model(
-                inputs_embeds=inputs, position_ids=now.position.repeat(R, 1), past_key_values=cache, use_cache=True,
-                attention_mask=now.mask.to(self.lm.dtype).repeat(R, 1, 1, 1)).last_hidden_state.unflatten(0, (R, K))
+                inputs_embeds=inputs, position_ids=now.position.repeat(R, 1), attention_mask=mask.repeat(R, 1, 1, 1),
+                past_key_values=cache, use_cache=True).last_hidden_state.unflatten(0, (R, K))
         logits = self.lm.logits(hidden[:, :, -1 - P:].flatten(1, 2).index_select(1, now.place)).float()  # [R, M, V]
         token = now.column * logits.shape[2] + now.target
         given = logits.flatten(1).gather(1, token.expand(R, -1)) - logits.logsumexp(-1).gather(1, now.column.expand(R, -1))
@@ -183,7 +184,7 @@ def recorded(steps: Steps) -> Callable[[], Tensor]:
     return play
 
 # %% ../nbs/05c_captured.ipynb #ed29a484
-KEPT = 4  # recordings of a model that wait for another search
+KEPT = 2  # recordings of a model that wait for another search
 _waiting = WeakKeyDictionary()  # LM -> [(key, steps, play)], not in use
 _unfit = WeakSet()  # LMs that cannot be recorded
 
