@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SHORT = {"words": Question("{word}? {label}?", answer=" ", yes="1", no="0"),
          "texts": Question("{text} {token}? {label}?", answer=" ", yes="1", no="0")}
 KINDS = [("channel", "words"), ("channel", "texts"), ("direct", "words"), ("direct", "texts")]
-FAMILIES = ["llama", "gemma3", "opt"]
+FAMILIES = ["llama", "gemma3"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
