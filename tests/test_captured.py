@@ -1,14 +1,17 @@
 """Steps that are laid out beforehand do what the search does. (On a GPU they are recorded: see test_cuda.py.)"""
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_tiny_lm
+from conftest import FAMILIES, make_tiny_lm, tiny_model
 
 from tokenlabel import captured, synthetic
 from tokenlabel.captured import ROUND, Steps, make_plan, playable, played, recorded, stacked, stepping
 from tokenlabel.discriminator import channel
 from tokenlabel.feature import tokenize
+from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights
 from tokenlabel.descent import Search
 from tokenlabel.search import count_positions
@@ -52,14 +55,14 @@ def test_settings_count(options):
 
 def test_one_recording_serves_searches_of_the_same_shapes():
     judge = judge_of("gpt2")
-    captured._waiting.pop(judge.lm, None)
+    judge.lm.recordings.clear()
     for seed in range(3): compare(*(Search(judge, steps=8, seed=seed) for _ in range(2)))
-    kept = captured._waiting[judge.lm]
+    kept = judge.lm.recordings
     assert 1 <= len(kept) < 3
     compare(*(Search(judge, steps=8, lr=0.2) for _ in range(2)))  # other settings are another recording
-    assert len(captured._waiting[judge.lm]) == len(kept)
+    assert len(judge.lm.recordings) == len(kept)
     for steps in range(3, 10): compare(*(Search(judge, steps=steps) for _ in range(2)), steps=2)
-    assert len(captured._waiting[judge.lm]) <= captured.KEPT
+    assert len(judge.lm.recordings) <= captured.KEPT
 
 
 def test_a_step_that_fails_leaves_the_search_as_it_was(monkeypatch):
@@ -68,7 +71,7 @@ def test_a_step_that_fails_leaves_the_search_as_it_was(monkeypatch):
     def refuse(steps): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(captured, "recorded", refuse)
     monkeypatch.setattr(captured, "_unfit", set())
-    captured._waiting.pop(judge.lm, None)
+    judge.lm.recordings.clear()
     for step in played(search): rows = step()
     assert judge.lm in captured._unfit and rows == other.step()
 
@@ -83,6 +86,17 @@ def test_only_a_search_on_a_gpu_with_even_prompts_is_played_and_only_if_nobody_c
     assert playable(OnGPU(replace(judge)))
     search = Search(judge)
     with stepping(search) as step: assert step == search.step
+
+
+def test_a_recording_does_not_keep_the_model_alive():
+    lm = load_lm(tiny_model("llama"), tokenizer=make_tiny_lm("llama").tokenizer)
+    feature = synthetic.animals(0, size=24)
+    for step in played(Search(channel(lm, tokenize(feature, lm)), steps=2)): step()
+    assert lm.recordings
+    gone = weakref.ref(lm)
+    del lm, step
+    gc.collect()
+    assert gone() is None
 
 
 def test_padding_counts_nowhere():

@@ -87,7 +87,7 @@ def test_a_recording_does_what_the_steps_do(pair, mode, label_tokens):
         one, other = (Search(judge, steps=8, label_tokens=label_tokens, seed=seed) for _ in range(2))
         rows = [row for _ in range(6) for row in one.step()]
         with stepping(other) as step: again = [row for _ in range(6) for row in step()]
-        assert judge.lm not in captured._unfit and captured._waiting[judge.lm]
+        assert judge.lm not in captured._unfit and judge.lm.recordings
         for row, same in zip(rows, again):
             for name in ("loss", "accuracy_loss", "entropy", "kl", "hard_accuracy_loss", "temperature", "entropy_weight"):
                 assert same[name] == pytest.approx(row[name], abs=2e-3, nan_ok=True)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import tokenlabel.discriminator as module
 from tokenlabel.discriminator import (CONTINUED, EXPECTED_LABELS, PROMPTS, all_batches, channel, check_length,
-                                      in_chunks, make_batch, marginal_log_probs, pack, read_prompt, start_log_probs,
-                                      token_log_probs)
+                                      in_chunks, make_batch, marginal_log_probs, pack, read_prompt, start_log_probs)
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.softlabel import embed_softlabel, log_softlabel
@@ -84,6 +83,9 @@ def random_sequences(lm, seed, lengths):
     "Sequences of random admissible tokens."
     ids, random = lm.admissible.nonzero()[:, 0], torch.Generator().manual_seed(seed)
     return [ids[torch.randint(len(ids), (n,), generator=random)].tolist() for n in lengths]
+
+
+def token_log_probs(lm, prompt, label, packing): return module.token_log_probs(lm, [prompt], label, packing)[0]
 
 
 def close(a, b, atol=ATOL): return torch.allclose(a.double(), b.double(), rtol=0, atol=atol)

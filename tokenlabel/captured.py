@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -185,7 +185,6 @@ def recorded(steps: Steps) -> Callable[[], Tensor]:
 
 # %% ../nbs/05c_captured.ipynb #ed29a484
 KEPT = 2  # recordings of a model that wait for another search
-_waiting = WeakKeyDictionary()  # LM -> [(key, steps, play)], not in use
 _unfit = WeakSet()  # LMs that cannot be recorded
 
 
@@ -204,11 +203,6 @@ def stepping(search: Search) -> Iterator[Callable[[], list[dict]]]:  # what `Sea
     else: yield search.step
 
 
-def _recorded_steps(search: Search, plan: Plan) -> tuple[Steps, Callable[[], Tensor]]:
-    steps = Steps(search, plan)
-    return steps, recorded(steps)
-
-
 def played(search: Search) -> Iterator[Callable[[], list[dict]]]:
     "Its steps from a recording; the search is as if it had done them itself."
     judge, states, batches = search.discriminator, [search.generator.get_state()], []
@@ -219,11 +213,13 @@ def played(search: Search) -> Iterator[Callable[[], list[dict]]]:
     [group] = search.adam.param_groups
     key = (*(table.shape for table in plan), search.v.shape, search.weights, search.calibrated, group["lr"],
            group["weight_decay"], *(prompt.text for prompt in judge.prompts))
-    waiting = _waiting.setdefault(judge.lm, [])
+    waiting = judge.lm.recordings
     entry = next((entry for entry in waiting if entry[0] == key), None)
     if entry: waiting.remove(entry)
     else:
-        try: entry = key, *_recorded_steps(search, plan)
+        try:
+            steps = Steps(search, plan)
+            entry = key, steps, recorded(steps)
         except RuntimeError:
             _unfit.add(judge.lm)
             search.generator.set_state(states[0])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'SMALL', 'BLOCK', 'ON_GPU', 'POSITIONS', 'EXPECTED_LABELS', 'CONTINUED', 'Prompt', 'split_at_slot',
            'check_prompts', 'read_prompt', 'next_log_prior', 'next_log_prob', 'Packing', 'pack', 'forward_rows',
-           'joined_caches', 'attention', 'attention_mask', 'room', 'token_log_probs', 'predict', 'in_chunks',
-           'predict_all', 'expected_labels', 'start_log_probs', 'marginal_log_probs', 'Batch', 'make_batch',
+           'joined_caches', 'attention', 'attention_mask', 'room', 'token_log_probs', 'predict_all', 'predict',
+           'in_chunks', 'expected_labels', 'start_log_probs', 'marginal_log_probs', 'Batch', 'make_batch',
            'all_batches', 'Channel', 'channel', 'longest_input', 'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
@@ -235,12 +235,21 @@ def room(lm: LM, size: int) -> int:
 
 def token_log_probs(
     lm: LM,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],  # Q, as in `forward_rows`
     label: Tensor,  # [B, T, d]
     packing: Packing,
-) -> Tensor:  # [B, N], float32, in nats
+) -> Tensor:  # [Q, B, N], float32, in nats
     "Log-probability of each token, given the label and what precedes the token in its sequence."
-    return predict(lm, forward_rows(lm, [prompt], label, packing)[0], packing)
+    return predict_all(lm, forward_rows(lm, prompts, label, packing), packing)
+
+
+def predict_all(
+    lm: LM,
+    hidden: Tensor,  # [Q, B, K, m + P, d]
+    packing: Packing,
+) -> Tensor:  # [Q, B, N]
+    "`predict` behind each of Q prompts."
+    return predict(lm, hidden.flatten(0, 1), packing).unflatten(0, hidden.shape[:2])
 
 
 def predict(
@@ -276,16 +285,7 @@ def in_chunks(
     rows, width = packing.ids.shape
     each = len(prompts) * rows * (label.shape[1] + len(prompts[0].after) + width)
     size = max(1, room(lm, POSITIONS) // each)
-    return torch.cat([predict_all(lm, forward_rows(lm, prompts, part, packing), packing) for part in label.split(size)], 1)
-
-
-def predict_all(
-    lm: LM,
-    hidden: Tensor,  # [Q, B, K, m + P, d]
-    packing: Packing,
-) -> Tensor:  # [Q, B, N]
-    "`predict` behind each of Q prompts."
-    return predict(lm, hidden.flatten(0, 1), packing).unflatten(0, hidden.shape[:2])
+    return torch.cat([token_log_probs(lm, prompts, part, packing) for part in label.split(size)], 1)
 
 # %% ../nbs/04_discriminator.ipynb #e3835f10
 EXPECTED_LABELS = 128  # to average over at the start of a word or text,

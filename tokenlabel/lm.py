@@ -278,8 +278,9 @@ def _decode(tokenizer, ids: list[int]) -> str:
     return text[len(before):]
 
 
-def _bytes(tokenizer, id: int, text: str) -> bytes:
-    "The bytes a token stands for, whose text may not be whole characters."
+def _bytes(tokenizer, id: int) -> bytes:
+    "The bytes a token stands for."
+    text = _decode(tokenizer, [id])
     if "\ufffd" not in text:
         return text.encode()
     piece = tokenizer.convert_ids_to_tokens(id)
@@ -410,12 +411,15 @@ class LM:
     @cached_property
     def _texts(self) -> dict[int, str]: return {}  # of the tokens that were asked for
 
+    @cached_property
+    def recordings(self) -> list: return []  # see `captured`; kept here, they go when the model goes
+
     def show(self, ids: int | Sequence[int] | Tensor) -> str:
         "A token, or several in a row, for people: a space as ·, a newline as ⏎, fragments of characters as ⟨E4 B8⟩."
         shown, run = [], b""
         for id in torch.as_tensor(ids).flatten().tolist():
             if self._known(id):
-                run += _bytes(self.tokenizer, id, self.token(id))
+                run += _bytes(self.tokenizer, id)
             else:
                 shown, run = [*shown, _show(run), f"⟨id {id}⟩"], b""
         return "".join([*shown, _show(run)])
