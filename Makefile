@@ -32,8 +32,7 @@ reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (
 
 test: $(STAMP) browser ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
-	$(BIN)/python -m pytest -ra tests/test_browser.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist loadgroup tests
 
 workshop: $(STAMP) ## serve the explorer as a web page on this computer   (PORT=n; for others, too: BIND=address PUBLIC=1)
 	$(BIN)/tokenlabel fetch
@@ -62,5 +61,5 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(if $(PYTHON)$(wildcard $(BIN)/python),,$(error tokenlabel needs Python 3.11 or newer, found $(shell python3 --version 2>&1); \
 	  install it, or name it: make PYTHON=/path/to/python3.11))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,workshop]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev,workshop]'
 	touch $@

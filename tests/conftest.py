@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tokenlabel.lm import LM, load_lm
+from tokenlabel.lm import LM, _locate, load_lm
 
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,3 +96,15 @@ def tiny_lm():
 def lm() -> LM:
     "The default model; the first time ever, it is downloaded and converted."
     return load_lm()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    "A tiny random model with the tokenizer of the default one, as a file: what it says is noise, and takes seconds."
+    _, folder = _locate(None)
+    tiny = tmp_path_factory.mktemp("model")
+    config = transformers.AutoConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                                     num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tiny)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tiny)
+    return str(tiny)

@@ -5,7 +5,6 @@ from math import ceil
 
 import nbformat
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenlabel import synthetic
 from tokenlabel.cli import main
@@ -13,7 +12,7 @@ from tokenlabel.direct import Question, direct
 from tokenlabel.evaluator import check_evaluator
 from tokenlabel.experiment import list_experiments, run_experiment
 from tokenlabel.feature import Feature, tokenize
-from tokenlabel.lm import _locate, load_lm
+from tokenlabel.lm import load_lm
 from tokenlabel.descent import Search
 from tokenlabel.optimize import label_feature
 from tokenlabel.paper import (PAPER, Verdict, cause, is_among, judge_claim, load_verdicts, overview, preset_lm,
@@ -160,17 +159,6 @@ def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) 
 
 
 # the notebooks
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    "A tiny random model with the tokenizer of the default one, as a file: what it says is noise, and takes seconds."
-    _, folder = _locate(None)
-    tiny = tmp_path_factory.mktemp("model")
-    config = AutoConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                        num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    for part in AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(folder): part.save_pretrained(tiny)
-    return str(tiny)
-
 
 def test_an_experiment_leaves_the_verdict_of_its_evaluator(tmp_path):
     small = {"seeds": 1, "words": 32, "steps": 4, "restarts": 1}

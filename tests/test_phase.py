@@ -79,7 +79,7 @@ def test_a_right_label_without_a_token_is_refused(judge):
 
 def test_maps_are_read_as_they_were_written(tmp_path):
     maps = {"a": table("·“x”"), "b": table("中")}
-    file = save_maps(maps, "some/model", tmp_path / "maps.json")
+    file = save_maps(maps, "some/model", tmp_path / "new" / "maps.json")
     read = load_maps("some/model", file)
     assert list(read) == ["a", "b"] and all(read[name].equals(maps[name]) for name in maps)
     assert load_maps("other/model", file) == {} and load_maps("some/model", tmp_path / "none.json") == {}

@@ -86,8 +86,9 @@ def test_links_in_the_readme_lead_somewhere():
 
 # Importing these takes longer than many a lesson does. The fork server does it once, and nothing else: a process that
 # has computed cannot be forked safely.
-LIBRARIES = ["torch", "transformers", "pandas", "matplotlib.pyplot", "scipy.stats", "sklearn.metrics", "ipywidgets",
-             "papermill", "nbdev.test"]
+LIBRARIES = ["torch", "transformers", "transformers.generation", "transformers.models.auto.modeling_auto",
+             "transformers.models.llama.modeling_llama", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
+             "sklearn.metrics", "ipywidgets", "papermill", "nbdev.test"]
 
 
 def run_lesson(copy, path):
@@ -100,8 +101,7 @@ def run_lesson(copy, path):
     nbdev_test(path=str(path), n_workers=0)
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_lesson_runs(copy, path):
+def is_a_success(copy, path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     process = context.Process(target=run_lesson, args=(copy, path))
@@ -109,6 +109,30 @@ def test_lesson_runs(copy, path):
     process.join()
     said = (copy / "said").read_text()
     assert process.exitcode == 0 and said.rstrip().endswith("Success."), said
+    return True
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_runs(copy, path): assert is_a_success(copy, path)
+
+
+# As little of each study as goes through all of its cells.
+SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"]),
+         "phase_map": dict(quick=True), "prompts": dict(quick=True), "search": dict(quick=True),
+         "settings": dict(quick=True)}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
+    path = Path("nbs/studies") / f"{name}.ipynb"
+    (copy / path).with_name(".notest").unlink()
+    nb, given = papermill.iorw.load_notebook_node(str(copy / path)), SMALL[name] | {"figures": str(tmp_path / "figures")}
+    read = papermill.inspect_notebook(copy / path)
+    if "runs" in read: given["runs"] = str(tmp_path / "runs")
+    given |= {"lms": [tiny_folder]} if "lms" in read else {"lm": tiny_folder}
+    assert set(given) <= set(read)
+    nbformat.write(papermill.parameterize.parameterize_notebook(nb, given), copy / path)
+    assert is_a_success(copy, path) and list((tmp_path / "figures").iterdir())
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -114,6 +114,7 @@ def save_maps(
     lines = [f'  {json.dumps(name)}: [\n' + ",\n".join("   " + json.dumps(row, ensure_ascii=False)
              for row in table.to_dict("records")) + "\n  ]" for name, table in maps.items()]
     file = file or maps_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{{"lm": {json.dumps(lm)}, "maps": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
     return file
 
