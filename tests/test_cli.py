@@ -2,6 +2,7 @@
 import inspect
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.figure
+import nbformat
 import pytest
 
 from tokenlabel import optimize
@@ -197,8 +199,11 @@ def test_reproduce_passes_on_what_was_given(monkeypatch, tmp_path):
     options = ["--quick", "--set", "rate=.5", "--set", "name=x", "--lm", "model.gguf"]
     assert main(["reproduce", "a", "b", *options]) == 0
     parameters = {"quick": True, "rate": .5, "name": "x", "lm": str(tmp_path / "model.gguf")}
-    folders = {"figures": Path("runs/quick"), "runs": Path("runs")}  # the figures of the report stay
+    folders = {"figures": Path("runs/model-rate=.5-name=x-quick"), "runs": Path("runs")}  # the figures of the report stay
     assert ran == [("a", parameters, folders), ("b", parameters, folders)]
+    ran.clear()
+    assert main(["reproduce", "a", "--seeds", "3"]) == 0 and ran[0][2]["figures"] == Path("figures")
+    assert main(["reproduce", "a", "--quick"]) == 0 and ran[1][2]["figures"] == Path("runs/quick")
     ran.clear()
     assert main(["reproduce", "a", "--seeds", "3", "--lm", "some/model", "--figures", "f"]) == 0
     assert ran == [("a", {"seeds": 3, "lm": "some/model"}, {"figures": Path("f"), "runs": Path("runs")})]
@@ -235,3 +240,17 @@ def test_a_feature_is_labeled_on_the_default_model(lm, feature_file, tmp_path): 
 def test_the_exit_status_reaches_the_shell(tmp_path):
     done = subprocess.run([COMMAND, "label", tmp_path / "none.jsonl"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_command_that_is_terminated_leaves_nothing_half_done(tmp_path):
+    cells = [nbformat.v4.new_code_cell('figures: str = "figures"   # folder', metadata=dict(tags=["parameters"])),
+             nbformat.v4.new_code_cell("import time\ntime.sleep(600)")]
+    kernel = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / "slow.ipynb")
+    command = [COMMAND, "reproduce", "slow.ipynb", "--figures", "figures", "--runs", "runs"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("runs/.slow-*/executed.ipynb")): time.sleep(.1)   # the kernel is at work
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.strip().splitlines()[-1] == "tokenlabel: interrupted"
+    assert not list(tmp_path.glob("runs/.*")) and not (tmp_path / "figures").exists()

@@ -7,6 +7,7 @@ __all__ = ['ROUND', 'KEPT', 'Plan', 'stacked', 'make_plan', 'Steps', 'recorded',
 
 # %% ../nbs/05c_captured.ipynb #4a3a6564
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -220,8 +221,9 @@ def played(search: Search) -> Iterator[Callable[[], list[dict]]]:
         try:
             steps = Steps(search, plan)
             entry = key, steps, recorded(steps)
-        except RuntimeError:
-            _unfit.add(judge.lm)
+        except RuntimeError as error:  # with less data on the GPU there may be room for the next one
+            if not isinstance(error, torch.OutOfMemoryError): _unfit.add(judge.lm)
+            warnings.warn(f"the steps of {judge.lm.name} are taken one by one, as they cannot be recorded: {error}")
             search.generator.set_state(states[0])
             yield search.step
             return

@@ -9,6 +9,8 @@ __all__ = ['IDLE', 'main']
 import argparse
 import ast
 import os
+import re
+import signal
 import socket
 import sys
 import time
@@ -50,6 +52,13 @@ def _value(text: str):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
+def _figures_folder(options) -> Path:
+    "`figures` is for what the notebooks find as they are; anything else has a folder of its own among the runs."
+    said = [Path(options.lm).name.removesuffix(".gguf")] if options.lm else []
+    said += [value for value in (options.preset, options.discriminator, *options.set) if value]
+    said += ["quick"] if options.quick else []
+    return options.runs / re.sub(r"[^\w.=-]+", "-", " ".join(said)) if said else Path("figures")
+
 def _reproduce(options) -> int:
     from tokenlabel.experiment import (ExperimentError, check_parameters, find_experiment, list_experiments,
                                        run_experiment)
@@ -67,7 +76,7 @@ def _reproduce(options) -> int:
         if getattr(options, name) is not None: parameters[name] = getattr(options, name)
     if options.lm is not None:   # the notebook runs in its own folder, where a relative path would lead elsewhere
         parameters["lm"] = str(Path(options.lm).resolve()) if Path(options.lm).exists() else options.lm
-    figures = options.figures or (options.runs / "quick" if options.quick else Path("figures"))
+    figures = options.figures or _figures_folder(options)
     notebooks = [find_experiment(experiment) for experiment in options.experiments or list_experiments()]
     for notebook in notebooks: check_parameters(notebook, parameters)
     for notebook in notebooks:
@@ -188,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                            help="any other parameter of the notebooks; may be given several times")
     reproduce.add_argument("--figures", type=Path, metavar="FOLDER",
-                           help="where the figures go (default: figures, with --quick: RUNS/quick)")
+                           help="where the figures go (default: figures; with --quick or another setting than --seeds "
+                                "a folder in RUNS that is named after them)")
     reproduce.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
                            help="where executed notebooks go, and results that the next run can use (default: runs)")
 
@@ -218,6 +228,8 @@ def main(
     # PyTorch's threads wait for each other by spinning, which on cores that are busy with something else as well has
     # made a search 20 times slower. They can sleep instead, but have to be told before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv is None:   # this process is the command: what ends it otherwise ends it like Ctrl-C, with all tidied up
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")   # a label may be of any script
     try: return options.command(options)
     except KeyboardInterrupt:
