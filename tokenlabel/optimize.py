@@ -6,9 +6,9 @@
 __all__ = ['PATTERN', 'LISTED', 'GUESSED', 'MOST', 'SECOND', 'LIKED', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS', 'STEMS',
            'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'Scores', 'hard_loss',
            'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed', 'look_size', 'best_by_look', 'shortlist',
-           'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives', 'polish', 'LabelResult', 'ranking_head',
-           'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder', 'save_result',
-           'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
+           'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives', 'around', 'polish', 'LabelResult',
+           'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder',
+           'save_result', 'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -324,6 +324,16 @@ def relatives(
     return list(dict.fromkeys(found))
 
 # %% ../nbs/06_optimize.ipynb #9fd46f16
+def around(
+    search: Search,
+    labels: Sequence[Label],  # that are known, best first
+) -> list[Label]:  # new ones, best first; none if there are none
+    "The best of the neighbors and relatives of the first labels, by a look at some of the data."
+    near = neighbors(search, labels[:STARTS]) + relatives(search, labels[:STARTS])
+    new = [label for label in dict.fromkeys(near) if label not in labels]
+    return best_by_look(search, new, STARTS, look_size(search, 1 / 2)) if new else []
+
+
 def polish(
     search: Search,
     ranking: pd.DataFrame,  # what `rank_labels` gives
@@ -332,11 +342,8 @@ def polish(
 ) -> tuple[pd.DataFrame, Tensor]:  # the same, with more labels
     "Rank neighbors and relatives of the best labels, and theirs if one of them is better."
     for _ in range(rounds):
-        known = [id if isinstance(id, tuple) else (id,) for id in ranking.token_id]
-        near = neighbors(search, known[:STARTS]) + relatives(search, known[:STARTS])
-        new = [label for label in dict.fromkeys(near) if label not in known]
-        if not new: break
-        best = best_by_look(search, new, STARTS, look_size(search, 1 / 2))
+        best = around(search, [id if isinstance(id, tuple) else (id,) for id in ranking.token_id])
+        if not best: break
         more, z_more = rank_labels(search.discriminator, best, search.weights)
         better = more.loss[0] < ranking.loss[0]
         both = pd.concat([ranking, more], ignore_index=True).sort_values("loss", kind="stable")

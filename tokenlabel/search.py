@@ -43,9 +43,8 @@ from .lm import LM
 from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_weights, cross_entropy
 from .objective import kl_divergence
 from .descent import Search, draw_items, has_collapsed, initial_v
-from .optimize import (DISCRIMINATORS, SHOWN, STARTS, WEIGHTS, LabelResult, best_by_look, fit_logits,
-                                 guessed, hard_end, hard_loss, look_size, neighbors, rank_labels, relatives,
-                                 shortlist)
+from .optimize import (DISCRIMINATORS, SHOWN, WEIGHTS, LabelResult, around, fit_logits, guessed, hard_end,
+                                 hard_loss, rank_labels, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -608,11 +607,8 @@ def tokenspace(task: Task, steps: int = 50, candidates: int = 6, guesses: int = 
         labels = shortlist(search, candidates, guessed(task.judge, guesses))
         losses = task.score(torch.tensor(labels, device=task.lm.device)[:, 0])
         for _ in range(rounds):  # the polish
-            starts = [labels[i] for i in losses.argsort(stable=True)[:STARTS]]
-            near = neighbors(search, starts) + relatives(search, starts)
-            new = [label for label in dict.fromkeys(near) if label not in labels]
-            if not new: break
-            best = best_by_look(search, new, STARTS, look_size(search, 1 / 2))
+            best = around(search, [labels[i] for i in losses.argsort(stable=True)])
+            if not best: break
             more = task.score(torch.tensor(best, device=task.lm.device)[:, 0])
             better = more.min() < losses.min()
             labels, losses = labels + best, torch.cat([losses, more])
