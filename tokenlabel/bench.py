@@ -165,8 +165,7 @@ def read_prefixes(trial: Trial) -> Kept:
 
 def public_step(trial: Trial, kept: Kept) -> tuple[float, Tensor]:
     "Loss and gradient [R, V] in the manner of the paper's public description."
-    judge, v = trial.judge, trial.v.clone().requires_grad_()
-    lm, weights = judge.lm, trial.weights
+    v, lm = trial.v.clone().requires_grad_(), trial.judge.lm
     p = v.masked_fill(~lm.admissible, -torch.inf).softmax(-1)  # [R, V]
     label = p.to(lm.dtype) @ lm.embedding * lm.embed_scale
     suffix = torch.stack([lm.embed(lm.encode(trial.after)) for _ in trial.rows])  # [U, L, d]

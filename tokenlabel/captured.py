@@ -16,9 +16,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
-from .discriminator import Channel, attention, attention_mask, joined_caches, next_log_prior
+from .discriminator import Channel, attention_mask, joined_caches, laid_out, next_log_prior, read_behind
 from .feature import ACTIVE
 from .objective import best_bias, class_weights, cross_entropy, kl_divergence
 from .descent import GAP_EVERY, SURE, Search, Seen, praised, schedule, top_of_slots
@@ -113,16 +112,12 @@ class Steps:
     def logits(self, label: Tensor, now: Plan) -> tuple[Tensor, Tensor]:  # [R, U]; [R, T - 1, V]
         "What `Channel.read` gives for the units that count, but for the first token's log-probabilities."
         (R, T, _), (K, P) = label.shape, now.ids.shape
-        head = torch.cat([label, self.after.expand(R, -1, -1)], 1)  # [R, m, d]
-        body = self.lm.embed(now.ids)  # [K, P, d]
-        inputs = torch.cat([head[:, None].expand(-1, K, -1, -1), body.expand(R, -1, -1, -1)], 2).flatten(0, 1)
-        cache = DynamicCache([tuple(part.index_select(0, now.prompt).expand(R * K, -1, -1, -1) for part in layer)
-                              for layer in self.caches])
+        layers = [tuple(part.index_select(0, now.prompt).expand(R * K, -1, -1, -1) for part in layer)
+                  for layer in self.caches]
         mask = now.hidden.to(self.lm.dtype) * torch.finfo(torch.float16).min
-        with attention(label, R * mask.numel()):
-            hidden = self.lm.model.base_model(
-                inputs_embeds=inputs, position_ids=now.position.repeat(R, 1), attention_mask=mask.repeat(R, 1, 1, 1),
-                past_key_values=cache, use_cache=True).last_hidden_state.unflatten(0, (R, K))
+        hidden, _ = read_behind(self.lm, layers, laid_out(label, self.after, self.lm.embed(now.ids)),
+                                now.position.repeat(R, 1), mask.repeat(R, 1, 1, 1))
+        hidden = hidden.unflatten(0, (R, K))
         logits = self.lm.logits(hidden[:, :, -1 - P:].flatten(1, 2).index_select(1, now.place)).float()  # [R, M, V]
         token = now.column * logits.shape[2] + now.target
         given = logits.flatten(1).gather(1, token.expand(R, -1)) - logits.logsumexp(-1).gather(1, now.column.expand(R, -1))

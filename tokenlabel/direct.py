@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from .discriminator import attention, longest_input, next_log_prior, next_log_prob, room
+from .discriminator import longest_input, next_log_prior, next_log_prob, read_behind, room
 from .feature import TokenizedFeature, excerpt, token_ranges
 from .lm import LM, Head, _logits
 
@@ -199,11 +199,7 @@ def forward(
     mask = torch.zeros(seen.shape, dtype=lm.dtype, device=lm.device).masked_fill(~seen, torch.finfo(torch.float16).min)
     # padding stays at the last position: there may be none behind it
     positions = past.seen.sum(1, keepdim=True) + torch.minimum(step, lengths[:, None] - 1).clamp(min=0)
-    cache = DynamicCache(past.layers)
-    with attention(inputs, mask.numel()):
-        hidden = lm.model.base_model(inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=positions,
-                                     past_key_values=cache, use_cache=True).last_hidden_state
-    return hidden, cache
+    return read_behind(lm, past.layers, inputs, positions, mask[:, None])
 
 # %% ../nbs/04b_direct.ipynb #76b02c76
 @torch.no_grad()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'SMALL', 'BLOCK', 'ON_GPU', 'POSITIONS', 'EXPECTED_LABELS', 'CONTINUED', 'Prompt', 'split_at_slot',
-           'check_prompts', 'read_prompt', 'next_log_prior', 'next_log_prob', 'Packing', 'pack', 'forward_rows',
-           'joined_caches', 'attention', 'attention_mask', 'room', 'token_log_probs', 'predict_all', 'predict',
-           'in_chunks', 'expected_labels', 'start_log_probs', 'marginal_log_probs', 'Batch', 'make_batch',
-           'all_batches', 'Channel', 'channel', 'longest_input', 'check_length']
+           'check_prompts', 'read_prompt', 'next_log_prior', 'next_log_prob', 'Packing', 'pack', 'attention',
+           'read_behind', 'laid_out', 'joined_caches', 'attention_mask', 'forward_rows', 'room', 'token_log_probs',
+           'predict_all', 'predict', 'in_chunks', 'expected_labels', 'start_log_probs', 'marginal_log_probs', 'Batch',
+           'make_batch', 'all_batches', 'Channel', 'channel', 'longest_input', 'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
 import math
@@ -161,35 +161,42 @@ def _ancestors(parent: Tensor) -> Tensor:  # long [K, P] to bool [K, P, P]
         above = torch.where(above >= 0, parent.gather(1, above.clamp(min=0)), -1)
     return visible
 
-# %% ../nbs/04_discriminator.ipynb #7c637155
+# %% ../nbs/04_discriminator.ipynb #06155d05
 SMALL = 2**18  # numbers in an attention matrix that is kept for the gradient, in each layer and for each head
 
 
-def forward_rows(
+def attention(
+    inputs: Tensor,
+    size: int,  # numbers in an attention matrix, over all rows
+) -> AbstractContextManager:
+    "PyTorch's fused attention is slow on CPUs when it is differentiated; small matrices go without."
+    plain = inputs.requires_grad and inputs.device.type == "cpu" and size <= SMALL
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def read_behind(
     lm: LM,
-    prompts: Sequence[Prompt],  # Q, with as many tokens behind their slots
-    label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
-    packing: Packing,
-) -> Tensor:  # [Q, B, K, m + P, d], last hidden states from the label's first token on, m of them in the prompt
-    "Run the language model over Q prompts times B labels times K packed rows."
-    (B, T, _), (K, P), Q = label.shape, packing.ids.shape, len(prompts)
-    lengths = [len(prompt.before) for prompt in prompts]
-    n, m = max(lengths), T + len(prompts[0].after)
-    after = lm.embed([prompt.after for prompt in prompts])  # [Q, m - T, d]
-    head = torch.cat([label.expand(Q, -1, -1, -1), after[:, None].expand(-1, B, -1, -1)], 2)  # [Q, B, m, d]
-    body = lm.embed(packing.ids)  # [K, P, d]
-    inputs = torch.cat([head[:, :, None].expand(-1, -1, K, -1, -1), body.expand(Q, B, -1, -1, -1)], 3)
-    position = torch.cat([torch.arange(m).expand(K, -1), m + packing.offset], 1)  # [K, m + P]
-    positions = torch.stack([length + position for length in lengths]).to(lm.device)
-    mask = torch.stack([attention_mask(n, m, packing.visible, n - length) for length in lengths]).to(lm.device, lm.dtype)
-    everywhere = lambda part: part[:, None].expand(-1, B * K, -1, -1, -1).flatten(0, 1)
-    cache = DynamicCache([tuple(map(everywhere, layer)) for layer in joined_caches(prompts)])
-    with attention(label, Q * B * K * (m + P) * (n + m + P)):
-        hidden = lm.model.base_model(
-            inputs_embeds=inputs.flatten(0, 2), position_ids=positions.repeat(1, B, 1).flatten(0, 1),
-            attention_mask=mask.repeat(1, B, 1, 1, 1).flatten(0, 1), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-    return hidden.unflatten(0, (Q, B, K))
+    layers: Sequence[tuple[Tensor, Tensor]],  # keys and values of what was read before, [N, heads, n, d_head] each
+    inputs: Tensor,  # [N, L, d]
+    positions: Tensor,  # long [N, L]
+    mask: Tensor,  # [N, 1, L, n + L]
+) -> tuple[Tensor, DynamicCache]:  # last hidden states [N, L, d]; keys and values of it all
+    "Read on behind what was read before."
+    cache = DynamicCache(layers)
+    with attention(inputs, mask.numel()):
+        hidden = lm.model.base_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask,
+                                     past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden, cache
+
+# %% ../nbs/04_discriminator.ipynb #7c637155
+def laid_out(
+    label: Tensor,  # [B, T, d]
+    after: Tensor,  # [m - T, d], embeddings of the prompt's rest
+    body: Tensor,  # [K, P, d], of the packed tokens
+) -> Tensor:  # [B K, m + P, d]
+    "What is read for each label and row."
+    head = torch.cat([label, after.expand(len(label), -1, -1)], 1)
+    return torch.cat([head[:, None].expand(-1, len(body), -1, -1), body.expand(len(label), -1, -1, -1)], 2).flatten(0, 1)
 
 
 def joined_caches(prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:  # of each layer, [Q, heads, n, d_head]
@@ -197,15 +204,6 @@ def joined_caches(prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:  # 
     n = max(len(prompt.before) for prompt in prompts)
     join = lambda parts: torch.cat([pad(part, (0, 0, n - part.shape[2], 0)) for part in parts])
     return [tuple(map(join, zip(*layer))) for layer in zip(*(prompt.cache for prompt in prompts))]
-
-
-def attention(
-    label: Tensor,
-    size: int,  # numbers in an attention matrix, over all rows
-) -> AbstractContextManager:
-    "PyTorch's fused attention is slow on CPUs when it is differentiated; small matrices go without."
-    plain = label.requires_grad and label.device.type == "cpu" and size <= SMALL
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def attention_mask(
@@ -222,6 +220,28 @@ def attention_mask(
     seen[:, m:, n:n + m] = True
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
+
+
+def forward_rows(
+    lm: LM,
+    prompts: Sequence[Prompt],  # Q, with as many tokens behind their slots
+    label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
+    packing: Packing,
+) -> Tensor:  # [Q, B, K, m + P, d], last hidden states from the label's first token on, m of them in the prompt
+    "Run the language model over Q prompts times B labels times K packed rows."
+    (B, T, _), K, Q = label.shape, len(packing.ids), len(prompts)
+    lengths = [len(prompt.before) for prompt in prompts]
+    n, m = max(lengths), T + len(prompts[0].after)
+    after, body = lm.embed([prompt.after for prompt in prompts]), lm.embed(packing.ids)
+    inputs = torch.cat([laid_out(label, rest, body) for rest in after])
+    position = torch.cat([torch.arange(m).expand(K, -1), m + packing.offset], 1)  # [K, m + P]
+    positions = torch.stack([length + position for length in lengths]).to(lm.device)
+    mask = torch.stack([attention_mask(n, m, packing.visible, n - length) for length in lengths]).to(lm.device, lm.dtype)
+    everywhere = lambda part: part[:, None].expand(-1, B * K, -1, -1, -1).flatten(0, 1)
+    layers = [tuple(map(everywhere, layer)) for layer in joined_caches(prompts)]
+    hidden, _ = read_behind(lm, layers, inputs, positions.repeat(1, B, 1).flatten(0, 1),
+                            mask.repeat(1, B, 1, 1, 1).flatten(0, 1))
+    return hidden.unflatten(0, (Q, B, K))
 
 # %% ../nbs/04_discriminator.ipynb #7ee46094
 BLOCK = 2**23  # numbers in a block of logits, 32 MB

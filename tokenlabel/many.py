@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
 
-from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention, attention_mask,
-                                      check_length, check_prompts, marginal_log_probs, next_log_prior, pack,
-                                      read_prompt)
+from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention_mask,
+                                      check_length, check_prompts, laid_out, marginal_log_probs, next_log_prior, pack,
+                                      read_behind, read_prompt)
 from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
@@ -99,25 +99,21 @@ def forward_together(
 ) -> list[Tensor]:  # of each: [R, K, m + P, d], as from `forward_rows`
     "Last hidden states of all rows of all questions, in one pass."
     packings = [question.batch.packing for question in questions]
-    n, T, d = len(prompt.before), questions[0].label.shape[1], questions[0].label.shape[2]
+    n, T = len(prompt.before), questions[0].label.shape[1]
     m, width = T + len(prompt.after), max(packing.ids.shape[1] for packing in packings)
     after, inputs, positions, masks = lm.embed(prompt.after), [], [], []
     for (_, label, _), packing in zip(questions, packings):
         R, (K, P) = len(label), packing.ids.shape
         grow = (0, width - P)
-        head = torch.cat([label, after.expand(R, -1, -1)], 1)[:, None].expand(-1, K, -1, -1)
-        body = lm.embed(torch.nn.functional.pad(packing.ids, grow)).expand(R, -1, -1, -1)
-        inputs.append(torch.cat([head, body], 2).flatten(0, 1))
-        offset = torch.nn.functional.pad(packing.offset, grow)
+        inputs.append(laid_out(label, after, lm.embed(pad(packing.ids, grow))))
+        offset = pad(packing.offset, grow)
         positions.append(torch.cat([torch.arange(n, n + m).expand(K, -1), n + m + offset], 1).repeat(R, 1))
-        visible = torch.nn.functional.pad(packing.visible, grow * 2)
+        visible = pad(packing.visible, grow * 2)
         masks.append(attention_mask(n, m, visible).repeat(R, 1, 1, 1))
     rows = sum(map(len, inputs))
-    cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in prompt.cache])
-    with attention(questions[0].label, rows * (m + width) * (n + m + width)):
-        hidden = lm.model.base_model(
-            inputs_embeds=torch.cat(inputs), position_ids=torch.cat(positions).to(lm.device), past_key_values=cache,
-            attention_mask=torch.cat(masks).to(lm.device, lm.dtype), use_cache=True).last_hidden_state
+    layers = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in prompt.cache]
+    hidden, _ = read_behind(lm, layers, torch.cat(inputs), torch.cat(positions).to(lm.device),
+                            torch.cat(masks).to(lm.device, lm.dtype))
     parts = hidden.split([len(part) for part in inputs])
     return [part.unflatten(0, (len(question.label), -1))[:, :, :m + packing.ids.shape[1]]
             for part, question, packing in zip(parts, questions, packings)]
