@@ -235,6 +235,9 @@ def played(search: Search) -> Iterator[Callable[[], list[dict]]]:
     try: yield step
     finally:
         search.v = steps.v.detach().clone().requires_grad_()
+        search.adam = torch.optim.AdamW([search.v], lr=group["lr"], weight_decay=group["weight_decay"])
+        search.adam.state[search.v] = {name: moment.cpu() if name == "step" else moment.clone()
+                                       for name, moment in steps.adam.state[steps.v].items()}
         search.generator.set_state(states[search.done])
         waiting.insert(0, entry)
         del waiting[KEPT:]

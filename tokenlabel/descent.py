@@ -43,7 +43,7 @@ def initial_v(
     noise: float = 0.3,  # standard deviation
 ) -> Tensor:  # [R, V]
     "Starting points for the restarts."
-    # a constant does not matter to a softmax; without it, the excluded tokens' huge negatives would not stay finite
+    # largest at 0, as a constant does not matter to a softmax, and never below -50: excluded tokens have -1e9
     prior = tilt * (log_prior - log_prior.amax(-1, keepdim=True)).clamp(min=-50)
     return prior + noise * torch.randn(restarts, prior.shape[-1], generator=generator).to(prior)
 

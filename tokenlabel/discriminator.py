@@ -408,7 +408,7 @@ class Channel:
     lm: LM
     tokens: TokenizedFeature
     prompts: tuple[Prompt, ...]
-    baseline: Tensor  # [P, N], log-probability of each token without a label, behind each prompt
+    baseline: Tensor  # [Q, N], log-probability of each token without a label, behind each prompt
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
     scaled = False  # its logits are nats already: they need a bias and no scale
 

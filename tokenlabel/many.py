@@ -47,7 +47,7 @@ class Known(NamedTuple):
     lm: LM
     prompts: tuple[Prompt, ...]
     log_prior: Tensor  # [V], mean over prompts
-    baseline: dict[tuple[int, ...], Tensor]  # token ids of a word or text -> [P, tokens], on the CPU
+    baseline: dict[tuple[int, ...], Tensor]  # token ids of a word or text -> [Q, tokens], on the CPU
 
 
 def read_prompts(
@@ -96,7 +96,7 @@ def forward_together(
     lm: LM,
     prompt: Prompt,
     questions: Sequence[Query],  # all with labels of T tokens
-) -> list[Tensor]:  # of each: [R, K, m + P, d], as from `forward_rows`
+) -> list[Tensor]:  # of each: [R, K, m + P, d], as `forward_rows` gives behind one prompt
     "Last hidden states of all rows of all questions, in one pass."
     packings = [question.batch.packing for question in questions]
     n, T = len(prompt.before), questions[0].label.shape[1]

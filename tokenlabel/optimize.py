@@ -439,7 +439,8 @@ def check_folder(folder: Path) -> None:
     files = {*(f"{name}.parquet" for name in TABLES), "feature.jsonl", "result.json"}
     above = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
     if not above.is_dir(): raise ValueError(f"{above} is a file; give a new or empty folder")
-    if not os.access(above, os.W_OK | os.X_OK): raise ValueError(f"{above} cannot be written to; give another folder")
+    for place in {above, folder.resolve().parent if folder.exists() else above}:  # it is made beside, and then moved
+        if not os.access(place, os.W_OK | os.X_OK): raise ValueError(f"{place} cannot be written to; give another folder")
     if os.path.ismount(folder) or folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} cannot be replaced as a whole; give a new folder in it")
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
