@@ -29,8 +29,7 @@ LESSON = ROOT / "nbs" / "workshop" / "1_soft_labels.ipynb"
 PATIENCE = 180_000  # milliseconds, for a machine that is busy with something else as well
 
 # One visit to one page, told in several tests, which have to run in order in one process.
-pytestmark = [pytest.mark.xdist_group("browser"),
-              pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")
 
 
 def free_port() -> int:

@@ -298,7 +298,7 @@ def _parent(stat):
     except OSError: return None   # it has ended meanwhile
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -377,12 +377,13 @@ def test_no_worker_outlives_the_process_that_started_it(how, tiny, tiny_folder, 
     (tmp_path / "script.py").write_text(SCRIPT)
     script = subprocess.Popen([sys.executable, tmp_path / "script.py", tiny_folder, tmp_path], text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: entries(tmp_path))   # the first run is done, two are under way
-    workers = children(script.pid)
-    assert len(workers) == 2
-    script.send_signal(how)
-    start = time.monotonic()
-    try: out, err = script.communicate(timeout=20)
+    try:
+        wait_until(lambda: entries(tmp_path))   # the first run is done, two are under way
+        workers = children(script.pid)
+        assert len(workers) == 2
+        script.send_signal(how)
+        start = time.monotonic()
+        out, err = script.communicate(timeout=20)
     finally: script.kill()
     wait_until(lambda: not any(Path("/proc", str(pid)).exists() for pid in workers), 5)
     assert time.monotonic() - start < 5

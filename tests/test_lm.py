@@ -377,7 +377,7 @@ def test_two_processes_build_once(cache, tiny_gguf, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", CHILD, str(tiny_gguf), str(log)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [child.communicate(timeout=120) for child in children]
+    outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     assert log.read_text().splitlines() == ["fetched"]
     assert outputs[0][0] == outputs[1][0] != ""
