@@ -478,3 +478,12 @@ def test_the_file_format_is_what_the_documentation_says(tmp_path):
         [{"word": "saw", "activation": 1.0}, {"word": "tree", "activation": 0.25}]
     Feature.from_texts("f", ["a säw"], [[(2, 5, 1)]]).to_jsonl(tmp_path / "t.jsonl")
     assert (tmp_path / "t.jsonl").read_text(encoding="utf-8") == '{"text": "a säw", "spans": [[2, 5, 1.0]]}\n'
+
+
+def test_only_an_apostrophe_inside_a_word_joins_its_sides():
+    text = "She said 'cat' and the dogs' tails don't wag."
+    offsets = [match.span() for match in re.finditer(r" ?[A-Za-z]+| ?[^A-Za-z\s]", text)]
+    raw = [float(text[a:b].strip() in ("cat", "dogs", "don")) for a, b in offsets]
+    feature = Feature.from_tokens("f", [text], [offsets], [raw], 0.5)
+    [spans] = feature.spans
+    assert [text[span.start:span.end] for span in spans] == ["cat", "dogs", "don't"]

@@ -281,7 +281,10 @@ def test_a_run_goes_on_where_it_stopped(stored, tmp_path):
     assert sorted(row["name"] for row in rows) == [one.name for one in some_features(4)]
     assert {row["name"]: row["label"] for row in rows} == {json.loads(line)["name"]: json.loads(line)["label"]
                                                           for line in whole[1:]}
+    out.write_text(out.read_text() + "half a li")
+    before = out.read_text()
     with pytest.raises(ValueError, match="other settings"): label_file(source, out, stored, **HOW | dict(steps=7))
+    assert out.read_text() == before  # what is refused is left alone
     with FileLock(f"{out}.lock"), pytest.raises(Timeout): label_file(source, out, stored, **HOW)
     write(source, some_features(1) * 2)
     with pytest.raises(ValueError, match="twice"): label_file(source, tmp_path / "new.jsonl", stored, **HOW)

@@ -58,3 +58,9 @@ def test_words_of_a_pool_are_taken_without_white_space():
 
 def test_no_word_is_missing_to_a_pool_whatever_is_in_it():
     assert len(reach(" cat", ["a", "aa", "the"], make_tiny_lm("llama"))) == 3
+
+
+def test_a_word_of_a_pool_is_the_same_word_in_any_case():
+    feature = Feature.from_words("f", ["cat", "dog"], ["car", "red", "mat"])
+    with pytest.raises(ValueError, match="active in f: DOG"): harden(feature, " the", ["DOG", "text"], make_tiny_lm("llama"))
+    with pytest.raises(ValueError, match="the pool 0 new ones"): harden(feature, " the", ["Car"], make_tiny_lm("llama"))

@@ -646,6 +646,13 @@ def test_an_interrupt_in_the_polish_leaves_what_was_ranked(monkeypatch):
     assert_frame_equal(result.trace, whole.trace)
 
 
+def test_an_interrupt_while_labels_grow_leaves_what_was_met(monkeypatch):
+    def grow(*args): raise KeyboardInterrupt
+    monkeypatch.setattr("tokenlabel.optimize.grow", grow)
+    result = run(label_tokens=2)
+    assert result.interrupted and len(result.ranking)
+
+
 def test_an_interrupt_before_the_first_step_is_passed_on(monkeypatch):
     interrupt_at(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt): run()

@@ -217,6 +217,10 @@ def test_another_question_is_not_answered_from_the_cache(tmp_path):
 def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path):
     found = ask(WORDS, top=3)
     same(Oracle.load(found.save(tmp_path / "oracle")), found)
+    same(Oracle.load(found.save(tmp_path / "oracle")), found)
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "ranking.parquet").touch()  # of a saved result, say
+    with pytest.raises(ValueError, match="something else than a saved oracle"): found.save(tmp_path / "result")
     assert repr(found.ranking.label[0]) in repr(found) and "3 ranks are certain" in repr(found)
     assert found._repr_html_().count("<tr") == 1 + 3
     assert "1 rank is certain" in repr(replace(found, top=1)) and "are out" not in repr(ask(WORDS, labels=4, top=None))

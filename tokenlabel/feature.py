@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ACTIVE', 'UNSPACED', 'PIECE', 'APOSTROPHES', 'KEYS', 'SHOWN', 'CROP', 'Span', 'check_activation', 'excerpt',
            'located', 'check_text', 'check_spans', 'merge_words', 'Feature', 'pieces', 'is_word', 'overlaps',
-           'occurrences', 'word_types', 'active_items', 'draw_types', 'word_spans', 'parse_line', 'read_jsonl',
-           'write_jsonl', 'shown', 'header', 'mark', 'feature_text', 'feature_html', 'TokenizedFeature', 'token_ranges',
-           'fill_gaps', 'nearest_span', 'token_activation', 'token_type', 'continues_unit', 'tokenize']
+           'occurrences', 'word_types', 'active_items', 'draw_types', 'is_inside_word', 'word_spans', 'parse_line',
+           'read_jsonl', 'write_jsonl', 'shown', 'header', 'mark', 'feature_text', 'feature_html', 'TokenizedFeature',
+           'token_ranges', 'fill_gaps', 'nearest_span', 'token_activation', 'token_type', 'continues_unit', 'tokenize']
 
 # %% ../nbs/01_feature.ipynb #5ed1b081
 import json, math, operator, os, re, textwrap, unicodedata
@@ -275,6 +275,12 @@ def draw_types(
 # %% ../nbs/01_feature.ipynb #c75501c8
 APOSTROPHES = {"'", "’"}
 
+def is_inside_word(text: str, place: int) -> bool:
+    "Whether an apostrophe on either side of a border between pieces has a letter or digit on both of its own."
+    return any(text[i] in APOSTROPHES and text[i - 1].isalnum() and text[i + 1:i + 2].isalnum()
+               for i in (place - 1, place) if i > 0)
+
+
 def word_spans(
     text: str,
     offsets: Sequence[tuple[int, int]],  # characters (start, end) of each token, with or without white space
@@ -290,7 +296,7 @@ def word_spans(
         value = max((x for (a, b), x in zip(offsets, values) if a < end and start < b), default=0.0)
         value = min(1.0, max(0.0, value) / (2 * threshold))
         joined = found and any(a < found[-1].end and start < b for a, b in offsets)  # by one token in both,
-        if joined or found and found[-1].end == start and APOSTROPHES & {text[start - 1], text[start]}:  # or as in don't
+        if joined or found and found[-1].end == start and is_inside_word(text, start):  # or as in don't
             before = found.pop()
             start, value = before.start, max(before.activation, value)
         found.append(Span(start, end, value))

@@ -7,7 +7,7 @@ __all__ = ['TOGETHER', 'MOST', 'KEPT', 'RETRIES', 'ENGINES', 'Known', 'read_prom
            'forward_together', 'predict_together', 'read_together', 'inputs_together', 'praised_together',
            'step_together', 'search_together', 'Live', 'one_step', 'to_the_end', 'settings_of', 'Lost',
            'process_worker', 'start_ray', 'Labeler', 'start_actor', 'ray_worker', 'run_workers', 'label_features',
-           'read_features', 'result_row', 'read_results', 'label_file']
+           'read_features', 'result_row', 'read_results', 'cut_off', 'label_file']
 
 # %% ../nbs/06c_many.ipynb #9451deb5
 import json
@@ -528,7 +528,7 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
 
 
 def read_results(out: Path) -> tuple[dict | None, list[dict]]:  # the first line; the others
-    "What a file of results has, without a last line that was cut off, which is removed."
+    "What a file of results has, without a last line that was cut off."
     if not out.exists(): return None, []
     whole = out.read_bytes()
     first, *rest = whole.split(b"\n")
@@ -536,8 +536,13 @@ def read_results(out: Path) -> tuple[dict | None, list[dict]]:  # the first line
     except ValueError: head = None
     if whole and not (isinstance(head, dict) and {"lm", "dtype", "settings"} <= head.keys() and rest):
         raise ValueError(f"{out} holds something else than results; give a new file")
-    with out.open("r+b") as stream: stream.truncate(len(whole) - len(rest[-1]) if rest else 0)
     return head, list(map(json.loads, rest[:-1]))
+
+
+def cut_off(out: Path) -> None:
+    "Remove a last line that has no end."
+    whole = out.read_bytes()
+    with out.open("r+b") as stream: stream.truncate(whole.rfind(b"\n") + 1)
 
 
 def label_file(
@@ -557,6 +562,7 @@ def label_file(
     with FileLock(f"{out}.lock", timeout=0):
         head, rows = read_results(out)
         if head not in (None, made): raise ValueError(f"{out} has results of other settings; give a new file")
+        if head: cut_off(out)
         done, seen, names, refused, count = {row["name"] for row in rows}, set(), {}, [], 0
 
         def missing() -> Iterator[Feature]:

@@ -48,10 +48,11 @@ def harden(
                   for word, spans in zip(feature.texts, feature.spans)}
     active = [word for word, a in activation.items() if a >= ACTIVE]
     inactive = [word for word, a in activation.items() if a < ACTIVE]
-    wrong = sorted(set(pool) & set(active))
+    fires, known = ({word.casefold() for word in words} for words in (active, activation))  # as word types are compared
+    wrong = sorted(word for word in set(pool) if word.casefold() in fires)
     if wrong: raise ValueError(f"the pool has words that are active in {feature.name}: {', '.join(wrong[:5])}")
     count = len(inactive) // 2 if count is None else count
-    new = [word for word in dict.fromkeys(pool) if word not in activation]
+    new = [word for word in dict.fromkeys(pool) if word.casefold() not in known]
     if not 0 < count <= min(len(new), len(inactive)):
         raise ValueError(f"count={count}: {feature.name} has {len(inactive)} inactive words, and the pool {len(new)} new ones")
     hard = list(reach(label, new, lm))[:count]

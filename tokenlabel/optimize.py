@@ -618,8 +618,10 @@ def conclude(
     if label_tokens > 1 and not interrupted:
         short = Search(judge, weights=weights, restarts=settings["restarts"], batch_size=settings["batch_size"],
                        seed=seed)
-        for _ in range(FIRST_STEPS): short.step()
-        grown = grow(short, label_tokens, candidates, guessed(judge, settings["guesses"]))
+        try:
+            for _ in range(FIRST_STEPS): short.step()
+            grown = grow(short, label_tokens, candidates, guessed(judge, settings["guesses"]))
+        except KeyboardInterrupt: interrupted = True
         search.meet(grown, 0)
     found = shortlist(search, candidates, guesses)
     ranking, z_hard = rank_labels(judge, list(dict.fromkeys(found + grown)), weights)

@@ -84,6 +84,7 @@ def sweep(
     seed: int = 0,
 ) -> pd.DataFrame:  # one row for each place: entropy, kl, phase, token (the most probable one), probability
     "Where a descent ends, for each pair of weights; raises ValueError if no right label is a single token."
+    if isinstance(right, str): raise ValueError(f"right is {right!r}; give a list of words")
     ids = [id for word in right for id in spellings(word, judge.lm)]
     if not ids: raise ValueError(f"none of {', '.join(right)} is a single token of {judge.lm.name}")
     favorites = judge.log_prior.topk(FAVORITES).indices.tolist()

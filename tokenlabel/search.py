@@ -225,12 +225,16 @@ def oracle_head(found: Oracle, rows: int = 10) -> pd.DataFrame:
 
 
 def save_oracle(found: Oracle, folder: Path) -> Path:
-    "Write an oracle."
+    "Write an oracle; raises ValueError if `folder` holds something else."
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if present and not {"oracle.json"} <= present <= {"ranking.parquet", "feature.jsonl", "oracle.json"}:
+        raise ValueError(f"{folder} holds something else than a saved oracle; give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     found.ranking.to_parquet(folder / "ranking.parquet")
     found.feature.to_jsonl(folder / "feature.jsonl")
     rest = {name: getattr(found, name) for name in ("top", "settings", "positions", "seconds")}
-    text = json.dumps(rest | {"feature": found.feature.name}, ensure_ascii=False, indent=1)
+    text = json.dumps(rest | {"feature": found.feature.name}, ensure_ascii=False, indent=1,
+                      default=lambda number: number.item())  # NumPy's, as of a seed
     (folder / "oracle.json").write_text(text, encoding="utf-8")
     return folder
 
