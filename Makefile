@@ -58,6 +58,7 @@ README.md: nbs/index.ipynb $(STAMP)
 	  | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
 	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")([A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
 
+# Most of what is installed is never imported, so Python compiles what is when it is: pip would take twice the time.
 $(STAMP): settings.ini setup.py constraints.txt
 	@$(if $(PYTHON)$(wildcard $(BIN)/python),,$(error tokenlabel needs Python 3.11 or newer, found $(shell python3 --version 2>&1); \
 	  install it, or name it: make PYTHON=/path/to/python3.11))
