@@ -115,7 +115,8 @@ def check_lesson(copy, path):
 def test_lesson_runs(copy, path): check_lesson(copy, path)
 
 
-# As little of a study as goes through all of its cells. Long labels take minutes, and the plan computes with the default model.
+# As little of a study as goes through all of its cells. (That of long labels takes minutes even so, and the plan for a
+# million features computes with the default model.)
 SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"]),
          "phase_map": dict(quick=True), "prompts": dict(quick=True), "search": dict(quick=True),
          "settings": dict(quick=True)}
