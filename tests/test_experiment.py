@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -243,6 +244,7 @@ def test_the_hash_follows_content():
     assert content_hash({"a": Weights(.1), "b": model("x")}) == content_hash({"b": model("x"), "a": Weights(.1)})
     values = [Weights(.1), Weights(.2), model("x"), model("y"), 0, "0", None]
     assert len({content_hash({"a": value}) for value in values}) == len(values)
+    assert content_hash({"seed": np.int64(3), "ids": np.arange(2)}) == content_hash({"seed": 3, "ids": [0, 1]})
     with pytest.raises(TypeError, match="cannot hash"): content_hash({"a": object()})
 
 
@@ -345,7 +347,7 @@ def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path)
     def call(name, **options):
         return Call(name, _label_into, dict(feature=ANIMALS, options=FEW | options, entry=tmp_path / "entry"))
     with start_workers(2, 1, tiny) as team:
-        with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive") as error:
+        with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1.0 is not positive") as error:
             list(run_calls(team[:1], [call("the bad one", lr=-1)], forbid))
         assert "_check_settings" in error.value.__notes__[0], "the traceback of the worker"
         with pytest.raises(RuntimeError, match="^the long one: its process was killed by SIGKILL.*use fewer than 1"):
@@ -356,7 +358,7 @@ def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path)
 def test_a_job_that_fails_stops_the_others(tiny, tmp_path):
     good, other = some_jobs(2)
     bad = Job("the bad one", ANIMALS, FEW | {"lr": -1})
-    with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1 is not positive"):
+    with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1.0 is not positive"):
         label_all([good, bad, other], tiny, runs=tmp_path, processes=1, threads=1, progress=False)
     assert len(entries(tmp_path)) == 1
 

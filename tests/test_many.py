@@ -165,7 +165,8 @@ def test_a_stream_is_read_as_it_is_needed(lm):
 def test_mistakes_show_before_anything_is_labeled(lm):
     for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
                   dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]),
-                  dict(prompts="a {label}:"), dict(prompts=[]), dict(engine="processes")):  # the last: made in memory
+                  dict(prompts="a {label}:"), dict(prompts=[]), dict(progress=True), dict(temperature=1.0),
+                  dict(engine="processes")):  # the last: made in memory
         with pytest.raises(ValueError): label_features(some_features(1), lm, **wrong)
 
 
@@ -235,6 +236,8 @@ def test_files_of_features(tmp_path):
     for wrong in ('[1]', '{"name"', '{"words": ["a"]}', '{"name": ["x"]}', '{"name": "\\ud800"}'):
         (tmp_path / "d.jsonl").write_text(wrong)
         with pytest.raises(ValueError, match="d.jsonl, feature 1"): list(read_features(tmp_path / "d.jsonl"))
+    (tmp_path / "e.jsonl").write_bytes(json.dumps(text).encode() + '\n{"name": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="e.jsonl, feature 2"): list(read_features(tmp_path / "e.jsonl"))
 
 
 @pytest.mark.parametrize("spans", [[[[4, 7, 0.9]], []], [[dict(start=4, end=7, activation=0.9)], []]])
@@ -242,6 +245,22 @@ def test_spans_with_fractional_activations_are_read_from_parquet(tmp_path, spans
     pq.write_table(pa.Table.from_pylist([dict(name="t", texts=["the cat", "a dog"], spans=spans)]), tmp_path / "a.parquet")
     [(_, feature)] = read_features(tmp_path / "a.parquet")
     assert feature == Feature.from_texts("t", ["the cat", "a dog"], [[(4, 7, 0.9)], []])
+
+
+@pytest.mark.parametrize("spans", [None, [[4, 7]], [[None, 7, 1]], [dict(start=4, end=None, activation=1)]])
+def test_a_row_with_spans_that_are_none_is_named(tmp_path, spans):
+    row = dict(name="t", texts=["a dog", "the cat"], spans=[[], spans])
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    for path in tmp_path.iterdir():
+        [(name, error)] = read_features(path)
+        assert name == "t" and isinstance(error, ValueError) and f"{path.name}, feature 1: text 1" in str(error)
+
+
+def test_a_mistake_in_one_job_stops_no_other(lm):
+    good, bad = some_features(2)
+    found = dict(label_features([Job("good", good, {}), Job("bad", bad, dict(weights={"kl": 1}))], lm, **HOW))
+    assert found[0].label and "LossWeights" in str(found[1])
 
 
 def test_a_dead_feature_gets_a_line_and_stops_nobody(stored, tmp_path):
@@ -281,7 +300,9 @@ def test_a_run_goes_on_where_it_stopped(stored, tmp_path):
     assert sorted(row["name"] for row in rows) == [one.name for one in some_features(4)]
     assert {row["name"]: row["label"] for row in rows} == {json.loads(line)["name"]: json.loads(line)["label"]
                                                           for line in whole[1:]}
-    out.write_text(out.read_text() + "half a li")
+    out.write_text("".join(whole[:2]) + "no row\n")
+    with pytest.raises(ValueError, match="out.jsonl, line 3"): label_file(source, out, stored, **HOW)
+    out.write_text("".join(whole) + "half a li")
     before = out.read_text()
     with pytest.raises(ValueError, match="other settings"): label_file(source, out, stored, **HOW | dict(steps=7))
     assert out.read_text() == before  # what is refused is left alone

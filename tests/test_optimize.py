@@ -969,7 +969,7 @@ def test_an_interrupt_while_a_longer_label_is_tried_leaves_the_shorter_one(first
 def test_if_no_longer_label_can_be_had_the_shorter_one_stands(monkeypatch):
     lm, whole = make_tiny_lm("llama"), module.label_feature
     def label(*rest, label_tokens, **options):
-        if label_tokens == 2: raise ValueError("no label of 2 tokens was met")
+        if label_tokens == 2: raise module.NoLabel("no label of 2 tokens was met")
         return whole(*rest, label_tokens=label_tokens, **options)
     monkeypatch.setattr(module, "label_feature", label)
     found, lengths = module.label_length(WORDS, lm, margin=-100.0, steps=3, restarts=2, progress=False)
@@ -992,6 +992,17 @@ def test_a_token_is_added_only_if_it_pays_on_held_out_words():
         label_feature(WORDS, lm, label_tokens="two", **options)
 
 
+def test_an_error_of_a_callback_is_not_taken_for_a_length_that_cannot_be_reached():
+    lm, seen = make_tiny_lm("llama"), []
+
+    def watch(rows):
+        seen.extend(rows)
+        if len(seen) > 3: raise ValueError("disk full")
+
+    with pytest.raises(ValueError, match="disk full"):
+        label_feature(WORDS, lm, label_tokens="auto", steps=3, restarts=1, progress=watch)
+
+
 def test_numbers_of_numpy_are_numbers_and_others_are_refused_before_the_search():
     lm, options = make_tiny_lm("llama"), dict(steps=2, heldout=0, progress=False)
     found = label_feature(WORDS, lm, label_tokens=np.int64(1), restarts=np.int32(2), **options)
@@ -999,5 +1010,10 @@ def test_numbers_of_numpy_are_numbers_and_others_are_refused_before_the_search()
     for name, value in dict(restarts=2.0, batch_size=4.5, candidates=2.5, guesses=1.5, seed="0", steps=None).items():
         with pytest.raises(ValueError, match=f"{name}={value!r} is not a whole number"):
             label_feature(WORDS, lm, **(options | {name: value}))
+    for name, value in dict(lr="fast", heldout=None, weight_decay=[], temperature=1.0, ramp=None, init=("a", 1)).items():
+        with pytest.raises(ValueError, match=rf"{name}=.* is not a (pair of numbers|number)"):
+            label_feature(WORDS, lm, **(options | {name: value}))
+    with pytest.raises(ValueError, match="weights=.* is not a `LossWeights`"):
+        label_feature(WORDS, lm, weights={"kl": 1.0}, **options)
     for name, value in dict(lr=math.inf, init=(math.nan, 0.3), temperature=(1, math.inf), ramp=(0, math.nan)).items():
         with pytest.raises(ValueError, match=f"{name}=.* finite"): label_feature(WORDS, lm, **(options | {name: value}))

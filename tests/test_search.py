@@ -463,3 +463,8 @@ def test_races_are_kept(tmp_path):
     with count_positions(make_tiny_lm("llama")) as build: judge_of(WORDS)
     assert meter.positions == build.positions
     pd.testing.assert_frame_equal(first, again)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    plain, given = (ask(WORDS, labels=n(12), top=n(2), seed=n(3), runs=tmp_path) for n in (int, np.int64))
+    assert given.ranking.equals(plain.ranking) and len(list((tmp_path / "cache").iterdir())) == 1

@@ -207,6 +207,7 @@ def _as_json(value):
         return {"lm": value.fingerprint, "dtype": str(value.dtype), "device": str(value.device)}
     if is_dataclass(value):
         return {"type": type(value).__name__} | {field.name: getattr(value, field.name) for field in fields(value)}
+    if hasattr(value, "tolist"): return value.tolist()   # NumPy's
     raise TypeError(f"cannot hash {value!r}: a key is made of JSON values, data classes and language models")
 
 def content_hash(key: dict) -> str:

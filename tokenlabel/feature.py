@@ -70,6 +70,7 @@ def check_spans(
 ) -> tuple[Span, ...]:  # in the order of the text
     "Validated spans of one text; raises ValueError that names the span and says what is wrong with it."
     check_text(text)
+    if not isinstance(spans, Iterable): raise ValueError(f"expected a list of spans, got {spans!r}")
     checked = []
     for given in spans:
         try:
@@ -267,7 +268,8 @@ def draw_types(
     for label, wanted in (("active", True), ("inactive", False)):
         kinds = sorted(kind for kind, active in types.items() if active == wanted)  # whatever order they came in
         if len(kinds) < 2:
-            raise ValueError(f"held-out data need at least 2 {label} word types, and there are {kinds}; give more")
+            raise ValueError(f"held-out data need at least 2 {label} word types, and there are {kinds}; give more (case "
+                             "makes no type of its own, and a type is active if any of its words is)")
         count = min(max(round(share * len(kinds)), 1), len(kinds) - 1)
         heldout.update(kinds[i] for i in rng.permutation(len(kinds))[:count])
     return frozenset(heldout)

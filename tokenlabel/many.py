@@ -281,13 +281,13 @@ def to_the_end(live: dict[int, Live]) -> list[int]:  # their numbers
 
 
 def settings_of(lm: LM, options: dict) -> dict:
-    "All settings of `label_feature(feature, lm, **options)`; raises ValueError for options that it does not have."
+    "All settings of `label_feature(feature, lm, **options)`; raises ValueError for options that many cannot have."
+    if "progress" in options: raise ValueError("progress is for single features: of many, results come as they finish")
     try: call = signature(label_feature).bind(None, lm, **options)
     except TypeError as error: raise ValueError(str(error)) from None
     call.apply_defaults()
-    plain = lambda value: list(value) if isinstance(value, tuple) else value
-    settings = {name: plain(value) for name, value in call.arguments.items() if name not in ("feature", "progress")}
-    settings |= dict(lm=lm.name, weights=asdict(settings["weights"] or WEIGHTS["channel"]))
+    settings = {name: value for name, value in call.arguments.items() if name not in ("feature", "progress")}
+    settings |= dict(lm=lm.name, weights=settings["weights"] or WEIGHTS["channel"])
     if settings["label_tokens"] == "auto": raise ValueError('label_tokens="auto" is for single features; give a number')
     _check_settings(settings)
     check_prompts(settings["prompts"])
@@ -484,10 +484,10 @@ def _job(one: Feature | Job, options: dict) -> Job:
 def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; the error of one that has none
     "Features from JSON lines or Parquet, one by one; raises ValueError for a row that is none or that has no name."
     parquet = path.suffix == ".parquet"
-    rows = _parquet_rows(path) if parquet else filter(str.strip, path.open(encoding="utf-8-sig"))
+    rows = _parquet_rows(path) if parquet else filter(bytes.strip, path.open("rb"))
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
-            if not parquet: row = json.loads(row)
+            if not parquet: row = json.loads(row.decode("utf-8-sig"))
             if not isinstance(row, dict): raise ValueError(f"expected an object with a name, got {excerpt(row)}")
             name = check_text(row.get("name"))
         try: feature = _feature(row)
@@ -499,14 +499,15 @@ def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # 
 def _parquet_rows(path: Path) -> Iterator[dict]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
         for row in batch.to_pylist():
-            if row.get("spans") is not None: row["spans"] = [list(map(_span, given)) for given in row["spans"]]
+            if row.get("spans") is not None: row["spans"] = [given and [*map(_span, given)] for given in row["spans"]]
             yield row
 
 
-def _span(given: dict | list) -> list:
+def _span(given: dict | list | None) -> list | None:
     "A list has one type in Parquet, so that with a fractional activation its start and end are fractions, too."
-    start, end, activation = (given[key] for key in ("start", "end", "activation")) if isinstance(given, dict) else given
-    return [*(int(place) if place == int(place) else place for place in (start, end)), activation]
+    if isinstance(given, dict): given = [given.get(key) for key in ("start", "end", "activation")]
+    whole = lambda place: int(place) if isinstance(place, float) and place.is_integer() else place
+    return given and [*map(whole, given[:2]), *given[2:]]
 
 
 def _feature(row: dict) -> Feature:
@@ -536,7 +537,10 @@ def read_results(out: Path) -> tuple[dict | None, list[dict]]:  # the first line
     except ValueError: head = None
     if whole and not (isinstance(head, dict) and {"lm", "dtype", "settings"} <= head.keys() and rest):
         raise ValueError(f"{out} holds something else than results; give a new file")
-    return head, list(map(json.loads, rest[:-1]))
+    rows = []
+    for number, line in enumerate(rest[:-1], 2):
+        with located(f"{out}, line {number}"): rows.append(json.loads(line))
+    return head, rows
 
 
 def cut_off(out: Path) -> None:

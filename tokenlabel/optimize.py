@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'LISTED', 'GUESSED', 'MOST', 'SECOND', 'LIKED', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS', 'STEMS',
-           'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'LONGEST', 'MARGIN', 'Scores', 'hard_loss',
-           'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed', 'look_size', 'best_by_look', 'shortlist',
-           'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives', 'around', 'polish', 'LabelResult',
-           'ranking_head', 'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder',
-           'save_result', 'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
+           'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'WHOLE', 'REAL', 'PAIRS', 'LONGEST', 'MARGIN',
+           'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed', 'NoLabel',
+           'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives',
+           'around', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text',
+           'result_html', 'check_folder', 'save_result', 'load_result', 'label_feature', 'check_classes', 'new_search',
+           'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -144,6 +145,10 @@ def guessed(
     return [label for label in labels if spelled(label, lm)]
 
 # %% ../nbs/06_optimize.ipynb #d8a3f350
+class NoLabel(ValueError):
+    "Of the labels that were met, the tokenizer reads none as it is written."
+
+
 MOST = 96  # candidates that a first look is taken at
 SECOND = 16  # of them, for a second look
 LIKED = 8  # guesses, for a second look
@@ -180,7 +185,7 @@ def shortlist(
     size: int,
     guesses: Sequence[Label] = (),
 ) -> list[Label]:
-    "The `size` best of the labels that a search has met and of some guesses, by two looks, and each restart's own."
+    "The `size` best of the labels that a search has met and of some guesses, by two looks, and each restart's own; raises NoLabel."
     own = list(map(tuple, search.log_p(1.0).argmax(-1).tolist()))
     for restart, label in enumerate(own): search.met.setdefault(label, (search.done, restart))
     for label in guesses: search.met.setdefault(label, GUESSED)
@@ -190,7 +195,7 @@ def shortlist(
         if labels: best += best_by_look(search, labels, keep, look_size(search, 1 / 4), turn=search.done)
     if best: best = best_by_look(search, list(dict.fromkeys(best)), size, look_size(search, 1 / 2))
     found = [label for label in dict.fromkeys(own + best) if spelled(label, search.discriminator.lm)]
-    if not found: raise ValueError(f"no label of {len(own[0])} tokens was met that the tokenizer reads as it is written; "
+    if not found: raise NoLabel(f"no label of {len(own[0])} tokens was met that the tokenizer reads as it is written; "
                                    "take more steps, or fewer tokens")
     return found
 
@@ -524,10 +529,10 @@ def label_feature(
     if discriminator not in DISCRIMINATORS:
         raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
     weights = weights or WEIGHTS[discriminator]
-    settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), label_tokens=label_tokens,
-                    restarts=restarts, steps=steps, lr=lr, temperature=list(temperature), ramp=list(ramp),
-                    init=list(init), weight_decay=weight_decay, calibrated=calibrated, batch_size=batch_size,
-                    candidates=candidates, guesses=guesses, heldout=heldout, seed=seed)
+    settings = dict(lm=lm.name, discriminator=discriminator, weights=weights, label_tokens=label_tokens,
+                    restarts=restarts, steps=steps, lr=lr, temperature=temperature, ramp=ramp, init=init,
+                    weight_decay=weight_decay, calibrated=calibrated, batch_size=batch_size, candidates=candidates,
+                    guesses=guesses, heldout=heldout, seed=seed)
     _check_settings(settings)
     start = time.perf_counter()
     types = feature.heldout_types(heldout, seed) if heldout else frozenset()
@@ -539,13 +544,33 @@ def label_feature(
     return conclude(search, rows, settings, interrupted, start)
 
 # %% ../nbs/06_optimize.ipynb #7fcbcb7b
-def _check_settings(settings: dict) -> None:
-    for name in ("label_tokens", "restarts", "steps", "candidates", "guesses", "batch_size", "seed"):
+WHOLE = ("label_tokens", "restarts", "steps", "candidates", "guesses", "batch_size", "seed")
+REAL = ("lr", "weight_decay", "heldout")
+PAIRS = ("temperature", "ramp", "init")
+
+
+def _plain_settings(settings: dict) -> None:
+    "Put numbers of Python, lists and a dict in place of what was given; raises ValueError for what is none."
+    if not isinstance(settings["weights"], LossWeights):
+        raise ValueError(f"weights={settings['weights']!r} is not a `LossWeights`, such as LossWeights(kl=0.1)")
+    settings["weights"] = asdict(settings["weights"])
+    for name in WHOLE:
         if name == "batch_size" and settings[name] is None: continue
         try: settings[name] = operator.index(settings[name])
         except TypeError:
             kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
             raise ValueError(f"{name}={settings[name]!r} is {kind}") from None
+    for name in REAL:
+        try: settings[name] = float(settings[name])
+        except (TypeError, ValueError): raise ValueError(f"{name}={settings[name]!r} is not a number") from None
+    for name in PAIRS:
+        try: settings[name] = [*map(float, settings[name])]
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={settings[name]!r} is not a pair of numbers (first, last)") from None
+
+# %% ../nbs/06_optimize.ipynb #b55dc0d8
+def _check_settings(settings: dict) -> None:
+    _plain_settings(settings)
     for name in ("label_tokens", "restarts", "steps", "candidates", "lr"):
         if not 0 < settings[name] < math.inf: raise ValueError(f"{name}={settings[name]} is not positive and finite")
     if settings["guesses"] < 0: raise ValueError(f"guesses={settings['guesses']} is negative")
@@ -553,7 +578,7 @@ def _check_settings(settings: dict) -> None:
     if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
-    for name in ("temperature", "ramp", "init"):
+    for name in PAIRS:
         if len(settings[name]) != 2 or not all(map(math.isfinite, settings[name])):
             raise ValueError(f"{name}={settings[name]} is not a pair of finite numbers")
     if not min(settings["temperature"]) > 0:
@@ -680,7 +705,7 @@ def label_length(
         except KeyboardInterrupt:
             if best is None: raise
             result = replace(best, interrupted=True)
-        except ValueError:  # no such label was met: the shorter one stands
+        except NoLabel:  # the shorter one stands
             if best is None: raise
             break
         if result.interrupted and best:  # half a search is not compared

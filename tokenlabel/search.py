@@ -319,7 +319,8 @@ def oracle(
     if discriminator not in DISCRIMINATORS:
         raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
     if top is not None and top < 1: raise ValueError(f"top={top} is not positive")
-    if labels is not None and not isinstance(labels, (int, str)):
+    if isinstance(labels, Integral): labels = int(labels)
+    elif labels is not None and not isinstance(labels, str):
         labels = [label if isinstance(label, str) else int(label) for label in labels]
     weights = weights or WEIGHTS[discriminator]
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), heldout=heldout, seed=seed)
