@@ -6,6 +6,10 @@ SHELL       := bash
 # Threads that spin while they wait slow each other down where there are fewer free cores than threads.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Python keeps what it has compiled, even where the environment says that it should not: tests start many processes, and
+# each of them would compile PyTorch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed
