@@ -18,6 +18,7 @@ from os.path import commonprefix
 from weakref import WeakKeyDictionary
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
@@ -44,7 +45,7 @@ class Prompt:
     cache: tuple[tuple[Tensor, Tensor], ...]  # of each layer: keys and values of `before`, [1, heads, n, d_head]
     log_prior: Tensor  # [V], the LM's log-probabilities at the slot, over the tokens that may be a label
 
-
+# %% ../nbs/04_discriminator.ipynb #3370c4c4
 def split_at_slot(text: str) -> tuple[str, str]:
     "What a prompt has before and after its label; raises ValueError unless it has one slot, with text on both sides."
     if not isinstance(text, str): raise ValueError(f"a prompt is a text with {{label}} in it, not {text!r}")
@@ -61,7 +62,7 @@ def check_prompts(prompts: Sequence[str] | None) -> None:
         raise ValueError(f"prompts is {prompts!r}; give a list of one prompt or more")
     for text in prompts: split_at_slot(text)
 
-
+# %% ../nbs/04_discriminator.ipynb #5830b1d8
 _read = WeakKeyDictionary()  # LM -> text -> Prompt
 
 
@@ -85,7 +86,7 @@ def _read_anew(text: str, lm: LM) -> Prompt:
     return Prompt(text, tuple(ids), tuple(lm.encode(after)),
                   tuple((layer.keys, layer.values) for layer in cache.layers), next_log_prior(lm, hidden[0, -1]))
 
-
+# %% ../nbs/04_discriminator.ipynb #f3f2a387
 def next_log_prior(
     lm: LM,
     hidden: Tensor,  # [..., d], last hidden states
@@ -138,7 +139,7 @@ def pack(
     return Packing(ids, offset, _ancestors(parent), torch.tensor(source),
                    torch.tensor([id for seq in sequences for id in seq]))
 
-
+# %% ../nbs/04_discriminator.ipynb #8892a215
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     "Positions that two sequences have in common: their last tokens have none."
     return len(commonprefix([list(one[:-1]), list(other[:-1])]))
@@ -150,7 +151,7 @@ def _row_limit(sequences: Sequence[Sequence[int]], capacity: int) -> int:
     rows = max(1, math.ceil(total / capacity))
     return min(capacity, total // rows + 2 * max(map(len, sequences)))
 
-
+# %% ../nbs/04_discriminator.ipynb #3b9cb7d5
 def _ancestors(parent: Tensor) -> Tensor:  # long [K, P] to bool [K, P, P]
     "Each position, and those in front of it on its path."
     K, P = parent.shape
@@ -205,7 +206,7 @@ def joined_caches(prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:  # 
     join = lambda parts: torch.cat([pad(part, (0, 0, n - part.shape[2], 0)) for part in parts])
     return [tuple(map(join, zip(*layer))) for layer in zip(*(prompt.cache for prompt in prompts))]
 
-
+# %% ../nbs/04_discriminator.ipynb #e24e3c08
 def attention_mask(
     n: int,  # cached positions
     m: int,  # positions of the label and the rest of the prompt
@@ -221,7 +222,7 @@ def attention_mask(
     seen[:, m:, n + m:] = visible
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float16).min)[:, None]
 
-
+# %% ../nbs/04_discriminator.ipynb #103f2260
 def forward_rows(
     lm: LM,
     prompts: Sequence[Prompt],  # Q, with as many tokens behind their slots
@@ -252,7 +253,7 @@ def room(lm: LM, size: int) -> int:
     "How much to do at once, from how much a CPU does."
     return size * (ON_GPU if lm.device.type == "cuda" else 1)
 
-
+# %% ../nbs/04_discriminator.ipynb #aa992de8
 def token_log_probs(
     lm: LM,
     prompts: Sequence[Prompt],  # Q, as in `forward_rows`
@@ -401,7 +402,7 @@ def all_batches(
         size += len(ids)
     return [make_batch(tokens, part) for part in parts]
 
-# %% ../nbs/04_discriminator.ipynb #4d754486
+# %% ../nbs/04_discriminator.ipynb #f1836e9a
 @dataclass(frozen=True, eq=False)
 class Channel:
     "Predicts from a label where a feature fires; made by `channel`."
@@ -411,102 +412,6 @@ class Channel:
     baseline: Tensor  # [Q, N], log-probability of each token without a label, behind each prompt
     log_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
     scaled = False  # its logits are nats already: they need a bias and no scale
-
-    @property
-    def batch_size(self) -> int:
-        "Words or texts for a step of a search: as many as make 72 positions, within bounds."
-        least, most = {"words": (16, 64), "texts": (4, 6)}[self.tokens.feature.mode]
-        mean = sum(map(len, self.tokens.sequences)) / len(self.tokens.sequences) - 1
-        return min(most, max(least, round(72 / max(mean, 1))))
-
-    @property
-    def item(self) -> Tensor:  # long [U]
-        "What batches are made of: the number of each unit's word or text."
-        item = torch.zeros(len(self.tokens.activation), dtype=torch.long)
-        item[self.tokens.token_unit] = self.tokens.token_sequence
-        return item
-
-    def batch(self, items: Sequence[int] | None = None) -> Batch:
-        "Some words or texts, or all."
-        return make_batch(self.tokens, items)
-
-    def batches(self) -> list[Batch]:
-        "All words or texts, in batches small enough for memory."
-        return all_batches(self.tokens)
-
-    def logits(
-        self,
-        label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
-        batch: Batch,
-        turn: int | None = None,  # None: the mean over all prompts; else the prompt whose turn it is
-    ) -> Tensor:  # [B, U], without bias
-        "How much more likely each label makes each unit, in nats."
-        return self.read(label, batch, turn)[0]
-
-    def read(
-        self,
-        label: Tensor,  # [B, T, d]
-        batch: Batch,
-        turn: int | None = None,  # as in `logits`
-    ) -> tuple[Tensor, Tensor]:  # [B, U], what `logits` gives; [B, T, V]
-        "The logits, and the log-probabilities of each token of the label, given those before it."
-        given, later = {}, []
-        for chosen in _chosen(self, turn):
-            hidden = forward_rows(self.lm, [self.prompts[i] for i in chosen], label, batch.packing)
-            given |= zip(chosen, predict_all(self.lm, hidden, batch.packing))
-            later.append(next_log_prior(self.lm, hidden[:, :, 0, :label.shape[1] - 1]))
-        first = self.log_prior.expand(len(label), 1, -1)
-        return _gain(self, batch, given), torch.cat([first, torch.cat(later).mean(0)], 1)
-
-    def next_log_prior(
-        self,
-        label: Tensor,  # [B, t, d], the first t tokens of B labels
-    ) -> Tensor:  # [B, V], mean over prompts
-        "Log-probabilities of the label's next token."
-        return torch.stack([next_log_prior(self.lm, last) for last in _behind(self, label).values()]).mean(0)
-
-    def log_end(
-        self,
-        label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
-        turn: int | None = None,  # as in `logits`
-    ) -> Tensor:  # [B], mean over prompts
-        "Log-probability that the prompt goes on behind the label: that the label ends there."
-        last = _behind(self, label, turn)
-        return torch.stack([next_log_prob(self.lm, last[i], self.prompts[i].after[0]) for i in last]).mean(0)
-
-    @torch.no_grad()
-    def hard_logits(
-        self,
-        labels: Tensor,  # long [B, T], token ids of B labels
-        batch: Batch,
-        turn: int | None = None,  # as in `logits`
-    ) -> Tensor:  # [B, U], without bias
-        "`logits` of labels made of real tokens, without gradient; B may be large."
-        label, given = self.lm.embed(labels), {}
-        for chosen in _chosen(self, turn):
-            given |= zip(chosen, in_chunks(self.lm, [self.prompts[i] for i in chosen], label, batch.packing))
-        return _gain(self, batch, given)
-
-
-def _chosen(channel: Channel, turn: int | None) -> list[list[int]]:
-    "Numbers of the prompts, those together that one pass can take."
-    if turn is not None: return [[turn % len(channel.prompts)]]
-    alike = {}
-    for i, prompt in enumerate(channel.prompts): alike.setdefault(len(prompt.after), []).append(i)
-    return [*alike.values()]
-
-
-def _behind(channel: Channel, label: Tensor, turn: int | None = None) -> dict[int, Tensor]:  # prompt -> [B, d]
-    "Last hidden states at the label's last token."
-    alone = pack([(0,)])  # no position behind the label
-    chosen = sum(_chosen(channel, turn), [])
-    ended = [replace(channel.prompts[i], after=()) for i in chosen]
-    return dict(zip(chosen, forward_rows(channel.lm, ended, label, alone)[:, :, 0, -1]))
-
-
-def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:
-    gain = torch.stack([log_p - channel.baseline[i, batch.token] for i, log_p in given.items()]).mean(0)  # [B, N]
-    return gain.new_zeros(len(gain), len(batch.unit)).index_add(1, batch.of_unit.to(gain.device), gain)
 
 
 def channel(
@@ -524,7 +429,7 @@ def channel(
         for batch in all_batches(tokens)]) for prompt in read])
     return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
 
-
+# %% ../nbs/04_discriminator.ipynb #aa3269a0
 def longest_input(lm: LM) -> int | None:
     "Tokens that the model can read; None if there is no limit."
     config = lm.model.config.get_text_config()
@@ -541,3 +446,115 @@ def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature, la
         if len(ids) > room:
             raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
                              "split it")
+
+# %% ../nbs/04_discriminator.ipynb #d9d123a8
+@patch(as_prop=True)
+def item(self: Channel) -> Tensor:  # long [U]
+    "What batches are made of: the number of each unit's word or text."
+    item = torch.zeros(len(self.tokens.activation), dtype=torch.long)
+    item[self.tokens.token_unit] = self.tokens.token_sequence
+    return item
+
+
+@patch(as_prop=True)
+def batch_size(self: Channel) -> int:
+    "Words or texts for a step of a search: as many as make 72 positions, within bounds."
+    least, most = {"words": (16, 64), "texts": (4, 6)}[self.tokens.feature.mode]
+    mean = sum(map(len, self.tokens.sequences)) / len(self.tokens.sequences) - 1
+    return min(most, max(least, round(72 / max(mean, 1))))
+
+
+@patch
+def batch(self: Channel, items: Sequence[int] | None = None) -> Batch:
+    "Some words or texts, or all."
+    return make_batch(self.tokens, items)
+
+
+@patch
+def batches(self: Channel) -> list[Batch]:
+    "All words or texts, in batches small enough for memory."
+    return all_batches(self.tokens)
+
+# %% ../nbs/04_discriminator.ipynb #a48c6f46
+@patch
+def read(
+    self: Channel,
+    label: Tensor,  # [B, T, d]
+    batch: Batch,
+    turn: int | None = None,  # as in `logits`
+) -> tuple[Tensor, Tensor]:  # [B, U], what `logits` gives; [B, T, V]
+    "The logits, and the log-probabilities of each token of the label, given those before it."
+    given, later = {}, []
+    for chosen in _chosen(self, turn):
+        hidden = forward_rows(self.lm, [self.prompts[i] for i in chosen], label, batch.packing)
+        given |= zip(chosen, predict_all(self.lm, hidden, batch.packing))
+        later.append(next_log_prior(self.lm, hidden[:, :, 0, :label.shape[1] - 1]))
+    first = self.log_prior.expand(len(label), 1, -1)
+    return _gain(self, batch, given), torch.cat([first, torch.cat(later).mean(0)], 1)
+
+
+@patch
+def logits(
+    self: Channel,
+    label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
+    batch: Batch,
+    turn: int | None = None,  # None: the mean over all prompts; else the prompt whose turn it is
+) -> Tensor:  # [B, U], without bias
+    "How much more likely each label makes each unit, in nats."
+    return self.read(label, batch, turn)[0]
+
+# %% ../nbs/04_discriminator.ipynb #71270edf
+def _chosen(channel: Channel, turn: int | None) -> list[list[int]]:
+    "Numbers of the prompts, those together that one pass can take."
+    if turn is not None: return [[turn % len(channel.prompts)]]
+    alike = {}
+    for i, prompt in enumerate(channel.prompts): alike.setdefault(len(prompt.after), []).append(i)
+    return [*alike.values()]
+
+
+def _gain(channel: Channel, batch: Batch, given: dict[int, Tensor]) -> Tensor:
+    gain = torch.stack([log_p - channel.baseline[i, batch.token] for i, log_p in given.items()]).mean(0)  # [B, N]
+    return gain.new_zeros(len(gain), len(batch.unit)).index_add(1, batch.of_unit.to(gain.device), gain)
+
+# %% ../nbs/04_discriminator.ipynb #63086ab1
+@patch
+@torch.no_grad()
+def hard_logits(
+    self: Channel,
+    labels: Tensor,  # long [B, T], token ids of B labels
+    batch: Batch,
+    turn: int | None = None,  # as in `logits`
+) -> Tensor:  # [B, U], without bias
+    "`logits` of labels made of real tokens, without gradient; B may be large."
+    label, given = self.lm.embed(labels), {}
+    for chosen in _chosen(self, turn):
+        given |= zip(chosen, in_chunks(self.lm, [self.prompts[i] for i in chosen], label, batch.packing))
+    return _gain(self, batch, given)
+
+# %% ../nbs/04_discriminator.ipynb #e0e952c1
+@patch
+def next_log_prior(
+    self: Channel,
+    label: Tensor,  # [B, t, d], the first t tokens of B labels
+) -> Tensor:  # [B, V], mean over prompts
+    "Log-probabilities of the label's next token."
+    return torch.stack([next_log_prior(self.lm, last) for last in _behind(self, label).values()]).mean(0)
+
+
+@patch
+def log_end(
+    self: Channel,
+    label: Tensor,  # [B, T, d], embeddings of B labels of T tokens
+    turn: int | None = None,  # as in `logits`
+) -> Tensor:  # [B], mean over prompts
+    "Log-probability that the prompt goes on behind the label: that the label ends there."
+    last = _behind(self, label, turn)
+    return torch.stack([next_log_prob(self.lm, last[i], self.prompts[i].after[0]) for i in last]).mean(0)
+
+# %% ../nbs/04_discriminator.ipynb #c1813248
+def _behind(channel: Channel, label: Tensor, turn: int | None = None) -> dict[int, Tensor]:  # prompt -> [B, d]
+    "Last hidden states at the label's last token."
+    alone = pack([(0,)])  # no position behind the label
+    chosen = sum(_chosen(channel, turn), [])
+    ended = [replace(channel.prompts[i], after=()) for i in chosen]
+    return dict(zip(chosen, forward_rows(channel.lm, ended, label, alone)[:, :, 0, -1]))

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -187,7 +186,21 @@ def praised_together(
     return list(praised(torch.cat([one.label.grad for one in inputs]), torch.cat(list(log_prior)), lm, kl.to(lm.device)
                         ).split(count))
 
+# %% ../nbs/06c_many.ipynb #ec5d0176
+def _one_pass(searches: Sequence[Search], drawn: Sequence[Batch], turn: int) -> list[list[dict]]:
+    "A step of searches whose questions fit into one pass."
+    inputs = inputs_together(searches, drawn)
+    ask = lambda label: read_together([Query(search.discriminator, getattr(one, label), one.batch) for search, one
+                                       in zip(searches, inputs) if getattr(one, label) is not None], turn)
+    answers = ask("label")
+    losses = [search.losses(one, *answer) for search, one, answer in zip(searches, inputs, answers)]
+    torch.stack([loss.total.sum() for loss in losses]).sum().backward()
+    with torch.no_grad(): alone = iter(ask("hard") if any(one.hard is not None for one in inputs) else ())
+    better = praised_together(searches, inputs, [prior for _, prior in answers])
+    return [search.learn(one, loss, *answer, None if one.hard is None else next(alone)[0], best)
+            for search, one, loss, answer, best in zip(searches, inputs, losses, answers, better)]
 
+# %% ../nbs/06c_many.ipynb #7a41fa0c
 def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: what its `step` gives
     "One step of each search."
     rows, groups = {}, {}
@@ -198,23 +211,10 @@ def step_together(searches: Sequence[Search]) -> list[list[dict]]:  # of each: w
     for (turn, *_), chosen in groups.items():
         drawn = {i: searches[i].draw(searches[i].batch_size) for i in chosen}
         for part in _in_parts(searches, drawn, len(searches[chosen[0]].discriminator.prompts[turn].after)):
-            inputs = dict(zip(part, inputs_together([searches[i] for i in part], [drawn[i] for i in part])))
-            questions = [Query(searches[i].discriminator, inputs[i].label, inputs[i].batch) for i in part]
-            answers = read_together(questions, turn)
-            losses = [searches[i].losses(inputs[i], *answer) for i, answer in zip(part, answers)]
-            torch.stack([loss.total.sum() for loss in losses]).sum().backward()
-            due = [i for i in part if inputs[i].hard is not None]
-            with torch.no_grad():
-                alone = read_together([Query(searches[i].discriminator, inputs[i].hard, inputs[i].batch) for i in due],
-                                      turn) if due else []
-            hard = {i: z for i, (z, _) in zip(due, alone)}
-            better = praised_together([searches[i] for i in part], [inputs[i] for i in part],
-                                      [prior for _, prior in answers])
-            for i, answer, loss, best in zip(part, answers, losses, better):
-                rows[i] = searches[i].learn(inputs[i], loss, *answer, hard.get(i), best)
+            rows |= zip(part, _one_pass([searches[i] for i in part], [drawn[i] for i in part], turn))
     return [rows[i] for i in range(len(searches))]
 
-
+# %% ../nbs/06c_many.ipynb #c519df66
 def _in_parts(searches: Sequence[Search], drawn: dict[int, Batch], after: int) -> list[list[int]]:
     "Questions of like width together, in parts of so many positions as `MOST`."
     width = {i: searches[i].v.shape[1] + after + batch.packing.ids.shape[1] for i, batch in drawn.items()}
@@ -279,7 +279,7 @@ def to_the_end(live: dict[int, Live]) -> list[int]:  # their numbers
         one.rows.extend(rows)
     return [*live]
 
-
+# %% ../nbs/06c_many.ipynb #e349de64
 def settings_of(lm: LM, options: dict) -> dict:
     "All settings of `label_feature(feature, lm, **options)`; raises ValueError for options that many cannot have."
     if "progress" in options: raise ValueError("progress is for single features: of many, results come as they finish")
@@ -295,7 +295,7 @@ def settings_of(lm: LM, options: dict) -> dict:
         raise ValueError("only the channel discriminator labels many features at once")
     return settings
 
-
+# %% ../nbs/06c_many.ipynb #3562ff57
 def _tokenized(job: Job, lm: LM, known: dict) -> tuple[TokenizedFeature, dict, dict] | ValueError:
     "Tokens, settings and options; the prompts become known."
     try:
@@ -309,7 +309,7 @@ def _tokenized(job: Job, lm: LM, known: dict) -> tuple[TokenizedFeature, dict, d
         return begun
     except ValueError as error: return error
 
-
+# %% ../nbs/06c_many.ipynb #54389b2a
 def _kind(begun: tuple) -> tuple[str, tuple[str, ...] | None]:
     tokens, settings, _ = begun
     return tokens.feature.mode, settings["prompts"] and tuple(settings["prompts"])
@@ -527,7 +527,7 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
     return dict(name=name, label=result.label, **numbers, seconds=round(result.seconds, 3),
                 ranking=result.ranking.label.head(10).tolist())
 
-
+# %% ../nbs/06c_many.ipynb #ed9e5549
 def read_results(out: Path) -> tuple[dict | None, list[dict]]:  # the first line; the others
     "What a file of results has, without a last line that was cut off."
     if not out.exists(): return None, []
@@ -548,7 +548,7 @@ def cut_off(out: Path) -> None:
     whole = out.read_bytes()
     with out.open("r+b") as stream: stream.truncate(whole.rfind(b"\n") + 1)
 
-
+# %% ../nbs/06c_many.ipynb #d7fd8221
 def label_file(
     source: str | Path,  # as `read_features` reads it; each name once
     out: str | Path,  # JSON lines: see `result_row`

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATTERN', 'LISTED', 'GUESSED', 'MOST', 'SECOND', 'LIKED', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS', 'STEMS',
            'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'WHOLE', 'REAL', 'PAIRS', 'LONGEST', 'MARGIN',
-           'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed', 'NoLabel',
-           'look_size', 'best_by_look', 'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives',
+           'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed', 'look_size',
+           'best_by_look', 'NoLabel', 'shortlist', 'rank_labels', 'extensions', 'grow', 'neighbors', 'relatives',
            'around', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide', 'result_headline', 'result_text',
            'result_html', 'check_folder', 'save_result', 'load_result', 'label_feature', 'check_classes', 'new_search',
            'conclude', 'label_length']
@@ -61,7 +61,7 @@ def hard_loss(
     "The objective of hard labels, whose entropy is 0."
     return weights.accuracy * accuracy + weights.kl * kl + weights.end * end
 
-
+# %% ../nbs/06_optimize.ipynb #dd63196d
 @torch.no_grad()
 def score_labels(
     discriminator: Channel | Direct,
@@ -75,7 +75,7 @@ def score_labels(
     accuracy, z = fit_logits(z, discriminator, weights, torch.cat([batch.unit for batch in batches]))
     return Scores(accuracy, hard_kl(discriminator, labels), hard_end(discriminator, labels, turn), z)
 
-
+# %% ../nbs/06_optimize.ipynb #4ee152b8
 @torch.no_grad()
 def hard_kl(
     discriminator: Channel | Direct,
@@ -91,7 +91,7 @@ def hard_kl(
             log_p = log_p.index_add(0, here, log_prior[place[here] - start, labels[here, t]])
     return -log_p
 
-
+# %% ../nbs/06_optimize.ipynb #4fedc7f0
 @torch.no_grad()
 def hard_end(
     discriminator: Channel | Direct,
@@ -101,7 +101,7 @@ def hard_end(
     "Minus the log-probability that a label ends where its slot ends."
     return -torch.cat([discriminator.log_end(discriminator.lm.embed(part), turn) for part in labels.split(128)])
 
-
+# %% ../nbs/06_optimize.ipynb #c3b3b873
 def fit_logits(
     z: Tensor,  # [C, U], logits without bias
     discriminator: Channel | Direct,
@@ -145,16 +145,12 @@ def guessed(
     return [label for label in labels if spelled(label, lm)]
 
 # %% ../nbs/06_optimize.ipynb #d8a3f350
-class NoLabel(ValueError):
-    "Of the labels that were met, the tokenizer reads none as it is written."
-
-
 MOST = 96  # candidates that a first look is taken at
 SECOND = 16  # of them, for a second look
 LIKED = 8  # guesses, for a second look
 LEAST = {"words": 16, "texts": 2}  # words or texts to look at, as far as a step sees so many
 
-
+# %% ../nbs/06_optimize.ipynb #197d8804
 def look_size(
     search: Search,
     share: float,
@@ -179,13 +175,17 @@ def best_by_look(
     loss = hard_loss(*parts, search.weights)
     return [labels[i] for i in loss.topk(min(keep, len(labels)), largest=False).indices.tolist()]
 
+# %% ../nbs/06_optimize.ipynb #35b048ae
+class NoLabel(ValueError):
+    "Of the labels that were met, the tokenizer reads none as it is written."
+
 
 def shortlist(
     search: Search,
     size: int,
     guesses: Sequence[Label] = (),
 ) -> list[Label]:
-    "The `size` best of the labels that a search has met and of some guesses, by two looks, and each restart's own; raises NoLabel."
+    "The `size` best of the labels that a search has met and of some guesses, by two looks, and each restart's own."
     own = list(map(tuple, search.log_p(1.0).argmax(-1).tolist()))
     for restart, label in enumerate(own): search.met.setdefault(label, (search.done, restart))
     for label in guesses: search.met.setdefault(label, GUESSED)
@@ -196,7 +196,7 @@ def shortlist(
     if best: best = best_by_look(search, list(dict.fromkeys(best)), size, look_size(search, 1 / 2))
     found = [label for label in dict.fromkeys(own + best) if spelled(label, search.discriminator.lm)]
     if not found: raise NoLabel(f"no label of {len(own[0])} tokens was met that the tokenizer reads as it is written; "
-                                   "take more steps, or fewer tokens")
+                                "take more steps, or fewer tokens")
     return found
 
 # %% ../nbs/06_optimize.ipynb #28afafee
@@ -453,7 +453,7 @@ def check_folder(folder: Path) -> None:
         other = ", ".join(sorted(present - files - {"figure.pdf", "figure.png"})) or "an incomplete result"
         raise ValueError(f"{folder} holds something else than a saved result ({other}); give a new or empty folder")
 
-
+# %% ../nbs/06_optimize.ipynb #7c2edebb
 def save_result(result: LabelResult, folder: Path) -> Path:
     "Write a result; raises ValueError if `folder` holds something else."
     check_folder(folder)
@@ -476,7 +476,7 @@ def save_result(result: LabelResult, folder: Path) -> Path:
             raise
     return folder
 
-
+# %% ../nbs/06_optimize.ipynb #e3a3cc25
 def load_result(folder: Path) -> LabelResult:
     "Read a saved result; raises FileNotFoundError if there is none."
     rest = json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -207,7 +207,7 @@ class Oracle:
     def _repr_html_(self) -> str:
         return f"<p>{escape(oracle_headline(self))}</p>{oracle_head(self).to_html(float_format='{:.3f}'.format)}"
 
-
+# %% ../nbs/07_search.ipynb #82d2f982
 def oracle_headline(found: Oracle) -> str:
     "The best label, and how much is known about the others."
     exact = int(found.ranking.exact.sum())
@@ -223,7 +223,7 @@ def oracle_head(found: Oracle, rows: int = 10) -> pd.DataFrame:
     head = found.ranking.head(min(rows, found.top))[list(SHOWN)].rename(columns=SHOWN)
     return head.set_axis(range(1, len(head) + 1))
 
-
+# %% ../nbs/07_search.ipynb #2eb2706a
 def save_oracle(found: Oracle, folder: Path) -> Path:
     "Write an oracle; raises ValueError if `folder` holds something else."
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -300,7 +300,7 @@ def label_ids(
     if not ids: raise ValueError("labels is empty; give a word or more")
     return order[torch.isin(order, torch.tensor(ids, device=order.device).flatten())]
 
-
+# %% ../nbs/07_search.ipynb #a219db39
 def oracle(
     feature: Feature,
     lm: LM,
@@ -344,7 +344,7 @@ def oracle(
         file.unlink(missing_ok=True)
     return found
 
-
+# %% ../nbs/07_search.ipynb #992f210d
 def _go_on(judge: Channel | Direct, weights: LossWeights, ids: Tensor, top: int | None, file: Path | None, meter: Meter,
            progress: bool) -> Progress:
     "Settle all labels that are not settled yet."
@@ -370,7 +370,7 @@ def _go_on(judge: Channel | Direct, weights: LossWeights, ids: Tensor, top: int 
             bar.update(len(accuracy))
     return state
 
-
+# %% ../nbs/07_search.ipynb #33435969
 SCORED = 10  # labels with AUROCs, if no number of ranks was asked for
 
 
@@ -693,7 +693,7 @@ def race(
     log = pd.concat([log, log.tail(1).assign(positions=meter.positions)], ignore_index=True)
     return log.merge(table, on="token_id", how="left")
 
-
+# %% ../nbs/07_search.ipynb #3fe4a7ee
 def race_all(
     features: Sequence[Feature],
     lm: LM,
@@ -723,7 +723,7 @@ def race_all(
                     bar.update()
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/07_search.ipynb #56641848
 @dataclass(frozen=True)
 class _Kept:
     table: pd.DataFrame
