@@ -458,18 +458,19 @@ def test_no_more_candidates_are_ranked_than_asked_for_the_restarts_own_and_neigh
     assert long.loss[0] <= short.loss[0] + 1e-6
 
 
-def test_a_guess_wins_if_it_is_better_than_all_that_the_descent_has_met(monkeypatch):
+@pytest.mark.parametrize("where, kept", [("guesses", "LIKED"), ("expected", "SURPRISING")])
+def test_a_label_wins_if_it_is_better_than_all_that_the_descent_has_met(where, kept, monkeypatch):
     lm = make_tiny_lm("llama")
     everything = int(lm.admissible.sum())
-    monkeypatch.setattr(module, "LIKED", everything)
-    result = run(steps=1, restarts=1, candidates=everything, guesses=everything)
+    monkeypatch.setattr(module, kept, everything)
+    result = run(steps=1, restarts=1, candidates=everything, **dict(guesses=0) | {where: everything})
     judge = channel(lm, tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0)))
     best = rank_labels(judge, lm.admissible.nonzero()[:, 0])[0]
     assert result.label == best.label[0] and set(result.ranking.token_id) == set(best.token_id)
     met = run(steps=1, restarts=1, candidates=everything, guesses=0).ranking
     assert len(met) < everything and (met[["step", "restart"]] >= 0).all(axis=None)
-    only_guessed = ~result.ranking.token_id.isin(met.token_id)
-    assert (result.ranking[only_guessed][["step", "restart"]] == -1).all(axis=None)
+    not_met = ~result.ranking.token_id.isin(met.token_id)
+    assert (result.ranking[not_met][["step", "restart"]] == -1).all(axis=None)
 
 
 @pytest.mark.parametrize("feature", [WORDS, texts_of(lambda word: 0.5 + 0.05 * ACTIVE.index(word))])
@@ -668,7 +669,7 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1), ("lr", 0.0),
+    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1), ("expected", -1), ("lr", 0.0),
     ("lr", -0.1), ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
     ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1), ("seed", -1), ("seed", 2**64),

@@ -39,7 +39,7 @@ def _label(options) -> int:
     result = label_feature(
         feature, load_lm(options.lm, dtype="fastest"), discriminator=options.discriminator, weights=weights,
         label_tokens=options.label_tokens, restarts=options.restarts, steps=options.steps, guesses=options.guesses,
-        heldout=options.heldout, seed=options.seed)
+        expected=options.expected, heldout=options.heldout, seed=options.seed)
     print(result)
     result.save(out)
     save_figure(result.plot(), out / "figure")
@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     setting("restarts", 2, "searches that run side by side")
     setting("steps", 50, "gradient steps of each search")
     setting("guesses", 16, "labels tried because the model expects them behind a list of active words")
+    setting("expected", 0, "labels tried because the model expects them anyway; thousands take long, and miss less")
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
     label.add_argument("--kl", type=float, metavar="FLOAT",

@@ -44,7 +44,7 @@ from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_we
 from .objective import kl_divergence
 from .descent import Search, draw_items, has_collapsed, initial_v
 from .optimize import (DISCRIMINATORS, SHOWN, WEIGHTS, LabelResult, around, fit_logits, guessed, hard_end,
-                                 hard_loss, rank_labels, shortlist)
+                                 hard_loss, most_expected, rank_labels, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -603,13 +603,14 @@ def gumbel(task: Task, restarts: int = 3, steps: int = 50, lr: float = 0.5) -> I
         yield
 
 
-def tokenspace(task: Task, steps: int = 50, candidates: int = 6, guesses: int = 0, rounds: int = 2) -> Iterator[None]:
+def tokenspace(task: Task, steps: int = 50, candidates: int = 6, guesses: int = 0, expected: int = 0,
+               rounds: int = 2) -> Iterator[None]:
     "The method of this package, with the defaults of `label_feature`, but for the guesses."
     while True:
         search = Search(task.judge, weights=task.weights, steps=steps, seed=task.seed)
         rows = []
         while search.done < steps and not has_collapsed(rows, len(search.v)): rows += search.step()
-        labels = shortlist(search, candidates, guessed(task.judge, guesses))
+        labels = shortlist(search, candidates, guessed(task.judge, guesses), most_expected(task.judge, expected))
         losses = task.score(torch.tensor(labels, device=task.lm.device)[:, 0])
         for _ in range(rounds):  # the polish
             best = around(search, [labels[i] for i in losses.argsort(stable=True)])
