@@ -10,7 +10,8 @@ from tokenlabel import synthetic
 from tokenlabel.cli import main
 from tokenlabel.direct import Question, direct
 from tokenlabel.evaluator import check_evaluator
-from tokenlabel.experiment import list_experiments, run_experiment
+from tokenlabel.experiment import (Layout, _layout_file, available_cpus, list_experiments, possible_layouts,
+                                   processes_in_memory, run_experiment)
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.descent import Search
@@ -161,7 +162,7 @@ def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) 
 # the notebooks
 
 def test_an_experiment_leaves_the_verdict_of_its_evaluator(tmp_path):
-    small = {"seeds": 1, "words": 32, "steps": 4, "restarts": 1}
+    small = {"seeds": 1, "words": 24, "steps": 4, "restarts": 1}
     executed = run_experiment("numbers", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     [made] = load_verdicts(tmp_path / "figures")
     assert made.form == "isolated words" and len(made.labels) == 1
@@ -169,8 +170,16 @@ def test_an_experiment_leaves_the_verdict_of_its_evaluator(tmp_path):
     assert nbformat.read(executed, as_version=4).cells[-1].outputs
 
 
+def as_if_measured(lm, runs):
+    "One process at a time is the fastest: no others are started, and no time goes into the measurement."
+    layouts = possible_layouts(available_cpus(), processes_in_memory(lm))
+    runs.mkdir()
+    _layout_file(lm, layouts, runs).write_text(json.dumps([asdict(Layout(1, 1, 1.0))]))
+
+
 def test_an_experiment_in_two_forms_leaves_figures_and_verdicts_of_both(tiny_folder, tmp_path):
     small = {"lm": tiny_folder, "seeds": 2, "words": 24, "texts": 6, "steps": 3}
+    as_if_measured(load_lm(tiny_folder), tmp_path / "runs")
     run_experiment("animals", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"animals_{form}.{kind}" for form in ("words", "texts") for kind in ("pdf", "png")} | {"animals.json"}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, make_tiny_lm, tiny_model, tiny_tokenizer
+from conftest import make_tiny_lm, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optimize import TEXTS, WORDS
@@ -49,7 +49,7 @@ def by_hand(feature, family="llama", weights=LossWeights()) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3"))
 def test_every_loss_is_that_of_the_label_scored_by_itself(name, family):
     table = ask(FEATURES[name], family, top=None).ranking.set_index("token_id")
     expected = by_hand(FEATURES[name], family)
