@@ -12,6 +12,14 @@ from tokenlabel.lm import LM, _locate, load_lm
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SLOW = ("test_browser", "test_workshop", "test_paper", "test_project")
+
+
+def pytest_collection_modifyitems(items):
+    "What takes minutes comes first: else one process is left with it at the end, and the others wait."
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "gemma3", "gpt_neox", "phi", "opt")
 
 TOKENIZER_SIZE = 300  # special tokens + 256 bytes + a few merges
