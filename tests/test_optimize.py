@@ -985,6 +985,8 @@ def test_a_token_is_added_only_if_it_pays_on_held_out_words():
     assert never.settings["label_tokens"] == 1 and lengths.index.tolist() == [1, 2]
     always, lengths = module.label_length(WORDS, lm, margin=-100.0, longest=2, **options)
     assert always.settings["label_tokens"] == 2 and lengths.label.tolist() == [never.label, always.label]
+    alone = label_feature(WORDS, lm, label_tokens=2, **options)
+    assert alone.label == always.label and alone.seconds < always.seconds  # of all searches together
     chosen = label_feature(WORDS, lm, label_tokens="auto", **options)
     assert chosen.label == module.label_length(WORDS, lm, **options)[0].label
     with pytest.raises(ValueError, match="heldout=0 leaves nothing"):

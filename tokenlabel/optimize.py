@@ -713,7 +713,7 @@ def label_length(
 ) -> tuple[LabelResult, pd.DataFrame]:  # the result; label, loss, accuracy_loss, accuracy_heldout of each length tried
     "Label a feature with as many tokens as gain on held-out words; raises ValueError if nothing is held out."
     if options.get("heldout", 0.3) == 0: raise ValueError("heldout=0 leaves nothing to choose the number of tokens by")
-    best, tried = None, []
+    best, tried, start = None, [], time.perf_counter()
     for label_tokens in range(1, longest + 1):
         try: result = label_feature(feature, lm, label_tokens=label_tokens, **options)
         except KeyboardInterrupt:
@@ -730,4 +730,4 @@ def label_length(
         if best and tried[-1]["accuracy_heldout"] > tried[-2]["accuracy_heldout"] - margin: break
         best = result
         if result.interrupted: break
-    return best, pd.DataFrame(tried).set_index("label_tokens")
+    return replace(best, seconds=time.perf_counter() - start), pd.DataFrame(tried).set_index("label_tokens")
