@@ -473,6 +473,15 @@ def test_a_label_wins_if_it_is_better_than_all_that_the_descent_has_met(where, k
     assert (result.ranking[not_met][["step", "restart"]] == -1).all(axis=None)
 
 
+def test_expected_labels_take_the_place_of_no_others():
+    judge, found = channel(make_tiny_lm("llama"), tokenize(WORDS, make_tiny_lm("llama"))), []
+    for count in (0, 200):
+        search = Search(judge)
+        for _ in range(4): search.step()
+        found.append(module.shortlist(search, 3, expected=module.most_expected(judge, count)))
+    assert set(found[0]) < set(found[1]) and len(found[1]) <= len(found[0]) + 3
+
+
 @pytest.mark.parametrize("feature", [WORDS, texts_of(lambda word: 0.5 + 0.05 * ACTIVE.index(word))])
 def test_guesses_are_made_from_the_most_active_words_and_from_none_that_is_held_out(feature, monkeypatch):
     lm, read, types = make_tiny_lm("llama"), [], feature.heldout_types(0.3, 0)
@@ -669,7 +678,8 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1), ("expected", -1), ("lr", 0.0),
+    ("restarts", 0), ("restarts", -1), ("steps", 0), ("steps", -5), ("candidates", 0), ("guesses", -1),
+    ("expected", -1), ("lr", 0.0),
     ("lr", -0.1), ("lr", math.nan), ("batch_size", 1), ("batch_size", 0), ("batch_size", -3), ("temperature", (1.0,)),
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
     ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1), ("seed", -1), ("seed", 2**64),

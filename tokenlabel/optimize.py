@@ -195,15 +195,19 @@ def shortlist(
     guesses: Sequence[Label] = (),
     expected: Sequence[Label] = (),
 ) -> list[Label]:
-    "The `size` best of the labels that a search has met and of some others, by two looks, and each restart's own."
+    """The `size` best of the labels that a search has met and of some guesses, by two looks, each restart's own, and as
+    many of the expected ones; raises NoLabel if the tokenizer reads none of them as it is written."""
     own = list(map(tuple, search.log_p(1.0).argmax(-1).tolist()))
     for restart, label in enumerate(own): search.met.setdefault(label, (search.done, restart))
     for label in (*guesses, *expected): search.met.setdefault(label, GUESSED)
     met = [label for label, _ in search.times.most_common() if spelled(label, search.discriminator.lm)][:MOST]
     best = []
-    for labels, keep in (met, max(size, SECOND)), (guesses, LIKED), (expected, SURPRISING):
+    for labels, keep in (met, max(size, SECOND)), (guesses, LIKED):
         if labels: best += best_by_look(search, labels, keep, look_size(search, 1 / 4), turn=search.done)
     if best: best = best_by_look(search, list(dict.fromkeys(best)), size, look_size(search, 1 / 2))
+    if expected:  # they take nobody's place: with so many, some look good by chance
+        more = best_by_look(search, expected, SURPRISING, look_size(search, 1 / 4), turn=search.done)
+        best += best_by_look(search, more, size, look_size(search, 1 / 2))
     found = [label for label in dict.fromkeys(own + best) if spelled(label, search.discriminator.lm)]
     if not found: raise NoLabel(f"no label of {len(own[0])} tokens was met that the tokenizer reads as it is written; "
                                 "take more steps, or fewer tokens")
