@@ -12,7 +12,7 @@ from tokenlabel.lm import LM, _locate, load_lm
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW = ("test_browser", "test_workshop", "test_paper", "test_project")
+SLOW = ("test_workshop", "test_paper", "test_project")
 
 
 def pytest_collection_modifyitems(items):

@@ -326,9 +326,9 @@ def forbid(*_, **__): raise AssertionError("this should not have been called")
 
 
 def test_runs_in_workers_are_those_of_one_process_and_are_kept(tiny, tmp_path, capsys, monkeypatch):
-    jobs = some_jobs(3)
+    jobs, before = some_jobs(3), children(os.getpid())
     results = label_all(jobs, tiny, runs=tmp_path, processes=2, threads=1)
-    assert children(os.getpid()) == []
+    assert children(os.getpid()) == before
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("3 of 3 runs to do, at the same time: 2, threads of each: 1")
     assert sorted(line.split(":")[0] for line in lines) == ["seed 0", "seed 1", "seed 2"]
@@ -346,13 +346,14 @@ def test_runs_in_workers_are_those_of_one_process_and_are_kept(tiny, tmp_path, c
 def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path):
     def call(name, **options):
         return Call(name, _label_into, dict(feature=ANIMALS, options=FEW | options, entry=tmp_path / "entry"))
+    before = children(os.getpid())
     with start_workers(2, 1, tiny) as team:
         with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: lr=-1.0 is not positive") as error:
             list(run_calls(team[:1], [call("the bad one", lr=-1)], forbid))
         assert "_check_settings" in error.value.__notes__[0], "the traceback of the worker"
         with pytest.raises(RuntimeError, match="^the long one: its process was killed by SIGKILL.*use fewer than 1"):
             list(run_calls(team[1:], [call("the long one", steps=100_000)], lambda *_: team[1].process.kill()))
-    assert children(os.getpid()) == [] and not (tmp_path / "entry").exists()
+    assert children(os.getpid()) == before and not (tmp_path / "entry").exists()
 
 
 def test_a_job_that_fails_stops_the_others(tiny, tmp_path):
