@@ -986,6 +986,21 @@ def test_if_no_longer_label_can_be_had_the_shorter_one_stands(monkeypatch):
     monkeypatch.setattr(module, "label_feature", label)
     found, lengths = module.label_length(WORDS, lm, margin=-100.0, steps=3, restarts=2, progress=False)
     assert found.settings["label_tokens"] == 1 and not found.interrupted and lengths.index.tolist() == [1]
+
+
+def test_the_seconds_of_a_length_are_those_of_all_its_searches(monkeypatch):
+    lm, whole, each = make_tiny_lm("llama"), module.label_feature, []
+    def label(*rest, **options):
+        result = whole(*rest, **options)
+        each.append(result.seconds)
+        return result
+    monkeypatch.setattr(module, "label_feature", label)
+    found, _ = module.label_length(WORDS, lm, margin=100.0, steps=3, restarts=2, progress=False)
+    assert len(each) == 2 and found.seconds >= sum(each)
+
+
+def test_a_length_is_refused_like_any_other_search():
+    lm = make_tiny_lm("llama")
     with pytest.raises(ValueError, match="steps"): module.label_length(WORDS, lm, steps=0)
 
 
@@ -996,8 +1011,6 @@ def test_a_token_is_added_only_if_it_pays_on_held_out_words():
     assert never.settings["label_tokens"] == 1 and lengths.index.tolist() == [1, 2]
     always, lengths = module.label_length(WORDS, lm, margin=-100.0, longest=2, **options)
     assert always.settings["label_tokens"] == 2 and lengths.label.tolist() == [never.label, always.label]
-    alone = label_feature(WORDS, lm, label_tokens=2, **options)
-    assert alone.label == always.label and alone.seconds < always.seconds  # of all searches together
     chosen = label_feature(WORDS, lm, label_tokens="auto", **options)
     assert chosen.label == module.label_length(WORDS, lm, **options)[0].label
     with pytest.raises(ValueError, match="heldout=0 leaves nothing"):

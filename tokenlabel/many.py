@@ -190,12 +190,12 @@ def praised_together(
 def _one_pass(searches: Sequence[Search], drawn: Sequence[Batch], turn: int) -> list[list[dict]]:
     "A step of searches whose questions fit into one pass."
     inputs = inputs_together(searches, drawn)
-    ask = lambda label: read_together([Query(search.discriminator, getattr(one, label), one.batch) for search, one
-                                       in zip(searches, inputs) if getattr(one, label) is not None], turn)
-    answers = ask("label")
+    judges = [search.discriminator for search in searches]
+    answers = read_together([Query(judge, one.label, one.batch) for judge, one in zip(judges, inputs)], turn)
     losses = [search.losses(one, *answer) for search, one, answer in zip(searches, inputs, answers)]
     torch.stack([loss.total.sum() for loss in losses]).sum().backward()
-    with torch.no_grad(): alone = iter(ask("hard") if any(one.hard is not None for one in inputs) else ())
+    due = [Query(judge, one.hard, one.batch) for judge, one in zip(judges, inputs) if one.hard is not None]
+    with torch.no_grad(): alone = iter(read_together(due, turn) if due else ())
     better = praised_together(searches, inputs, [prior for _, prior in answers])
     return [search.learn(one, loss, *answer, None if one.hard is None else next(alone)[0], best)
             for search, one, loss, answer, best in zip(searches, inputs, losses, answers, better)]
@@ -487,7 +487,7 @@ def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # 
     rows = _parquet_rows(path) if parquet else filter(bytes.strip, path.open("rb"))
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
-            if not parquet: row = json.loads(row.decode("utf-8-sig"))
+            if not parquet: row = json.loads(row)
             if not isinstance(row, dict): raise ValueError(f"expected an object with a name, got {excerpt(row)}")
             name = check_text(row.get("name"))
         try: feature = _feature(row)
