@@ -86,12 +86,12 @@ def test_the_weight_of_the_kl_is_the_discriminators_own_unless_it_is_given(discr
     assert calls[0]["weights"]["kl"] == kl
 
 
-def test_a_label_may_have_several_tokens_and_guesses_may_be_left_out(optimizer, feature_file, tmp_path, capsys):
+def test_a_label_may_have_several_tokens_and_other_labels_to_try(optimizer, feature_file, tmp_path, capsys):
     calls = optimizer(Result())
     for text, length in ("2", 2), ("auto", "auto"):
-        options = ["--out", str(tmp_path / text), "--label-tokens", text, "--guesses", "0"]
+        options = ["--out", str(tmp_path / text), "--label-tokens", text, "--guesses", "0", "--expected", "9"]
         assert main(["label", str(feature_file), *options]) == 0
-        assert (calls[-1]["label_tokens"], calls[-1]["guesses"]) == (length, 0)
+        assert (calls[-1]["label_tokens"], calls[-1]["guesses"], calls[-1]["expected"]) == (length, 0, 9)
     with pytest.raises(SystemExit): main(["label", str(feature_file), "--label-tokens", "two"])
     assert "'two' is neither a whole number nor auto" in capsys.readouterr().err
 

@@ -403,6 +403,7 @@ def test_a_batch_gives_the_numbers_of_its_units(feature):
     lm = make_tiny_lm("llama")
     tokens = tokenize(feature, lm)
     judge, labels = channel(lm, tokens), torch.tensor([[44], [123], [200]])
+    assert tuple(prompt.text for prompt in judge.prompts) == PROMPTS[feature.mode]
     whole = judge.hard_logits(labels, make_batch(tokens))
     for chosen in ([0], [2], [0, 2], [1, 2], [2, 0]):
         batch = make_batch(tokens, chosen)
