@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,23 +191,23 @@ def test_reproduce_says_what_it_was_not_given(arguments, message, tmp_path, monk
 
 def test_reproduce_passes_on_what_was_given(monkeypatch, tmp_path):
     ran = []
+    def record(notebooks, parameters, figures, runs, at_once):
+        ran.append(([notebook.name for notebook in notebooks], parameters, figures, runs, at_once))
+        yield from ()
     monkeypatch.setattr("tokenlabel.experiment.find_experiment", Path)
     monkeypatch.setattr("tokenlabel.experiment.check_parameters", lambda *arguments: None)
-    monkeypatch.setattr("tokenlabel.experiment.run_experiment",
-                        lambda notebook, parameters, **folders: ran.append((notebook.name, parameters, folders)))
+    monkeypatch.setattr("tokenlabel.experiment.run_experiments", record)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.gguf").touch()
-    options = ["--quick", "--set", "rate=.5", "--set", "name=x", "--lm", "model.gguf"]
-    assert main(["reproduce", "a", "b", *options]) == 0
-    parameters = {"quick": True, "rate": .5, "name": "x", "lm": str(tmp_path / "model.gguf")}
-    folders = {"figures": Path("runs/model-rate=.5-name=x-quick"), "runs": Path("runs")}  # the figures of the report stay
-    assert ran == [("a", parameters, folders), ("b", parameters, folders)]
-    ran.clear()
-    assert main(["reproduce", "a", "--seeds", "3"]) == 0 and ran[0][2]["figures"] == Path("figures")
-    assert main(["reproduce", "a", "--quick"]) == 0 and ran[1][2]["figures"] == Path("runs/quick")
-    ran.clear()
-    assert main(["reproduce", "a", "--seeds", "3", "--lm", "some/model", "--figures", "f"]) == 0
-    assert ran == [("a", {"seeds": 3, "lm": "some/model"}, {"figures": Path("f"), "runs": Path("runs")})]
+    for arguments in ("a b --quick --set rate=.5 --set name=x --lm model.gguf", "a --seeds 3", "a b --quick",
+                      "a --seeds 3 --lm some/model --figures f"):
+        assert main(["reproduce", *arguments.split()]) == 0
+    runs, path = Path("runs"), str(tmp_path / "model.gguf")
+    assert ran == [   # the figures of the report stay, and only small runs of the small model go side by side
+        (["a", "b"], {"quick": True, "rate": .5, "name": "x", "lm": path}, runs / "model-rate=.5-name=x-quick", runs, 1),
+        (["a"], {"seeds": 3}, Path("figures"), runs, 1),
+        (["a", "b"], {"quick": True}, runs / "quick", runs, 2),
+        (["a"], {"seeds": 3, "lm": "some/model"}, Path("f"), runs, 1)]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -242,15 +243,20 @@ def test_the_exit_status_reaches_the_shell(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_a_command_that_is_terminated_leaves_nothing_half_done(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_ended_leaves_nothing_half_done(how, tmp_path):
     cells = [nbformat.v4.new_code_cell('figures: str = "figures"   # folder', metadata=dict(tags=["parameters"])),
              nbformat.v4.new_code_cell("import time\ntime.sleep(600)")]
     kernel = dict(name="python3", display_name="python3", language="python")
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / "slow.ipynb")
     command = [COMMAND, "reproduce", "slow.ipynb", "--figures", "figures", "--runs", "runs"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob("runs/.slow-*/executed.ipynb")): time.sleep(.1)   # the kernel is at work
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.strip().splitlines()[-1] == "tokenlabel: interrupted"
+    in_background = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)   # as a shell's & does it
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, preexec_fn=in_background)
+    while not list(tmp_path.glob("runs/.slow-*/executed.ipynb")): time.sleep(.1)   # the kernel is at work
+    process.send_signal(how)
+    assert process.wait(60) == (130 if how == signal.SIGTERM else -how)
+    start = time.perf_counter()
+    while list(tmp_path.glob("runs/.*")) and time.perf_counter() - start < 60: time.sleep(.1)
     assert not list(tmp_path.glob("runs/.*")) and not (tmp_path / "figures").exists()
+    if how == signal.SIGTERM: assert (tmp_path / "said").read_text().endswith("tokenlabel: interrupted\n")

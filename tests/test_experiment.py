@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from tokenlabel.cli import main
-from tokenlabel.experiment import (Call, Job, Layout, _label_into, _load_again, available_cpus, available_memory,
-                                   cached_label, cached_result, check_parameters, code_version, content_hash,
-                                   fastest_layout, find_experiment, label_all, list_experiments, notebook_errors,
-                                   possible_layouts, processes_in_memory, run_calls, run_experiment, start_workers)
+from tokenlabel.experiment import (Call, ExperimentError, Job, Layout, _label_into, _load_again, available_cpus,
+                                   available_memory, cached_label, cached_result, check_parameters, code_version,
+                                   content_hash, fastest_layout, find_experiment, label_all, list_experiments,
+                                   notebook_errors, possible_layouts, processes_in_memory, run_calls, run_experiment,
+                                   run_experiments, start_workers)
 from tokenlabel.feature import Feature
 from tokenlabel.lm import load_lm
 from tokenlabel.optimize import label_feature
@@ -144,6 +145,34 @@ def test_a_run_that_fails_leaves_the_figures_and_says_where(experiment, folders,
     assert nbformat.read(kept, as_version=4).cells[-1].source == "never = 2"
 
 
+@pytest.mark.skipif(available_cpus() < 2, reason="there is one processor")
+def test_notebooks_go_side_by_side_each_on_its_own_processors(experiment, folders, capfd):
+    # each waits until the other one has come as far, so neither ends unless both run at the same time
+    meet = """
+import os, time
+from pathlib import Path
+Path(figures, f"{name}.svg").write_text(repr(sorted(os.sched_getaffinity(0))))
+Path(runs, name).touch()
+while len(list(Path(runs).glob("[ab]"))) < 2: time.sleep(.05)
+print("met")"""
+    paths = [experiment(f"meet_{name}.ipynb", f"name = {name!r}", meet) for name in "ab"]
+    executed = dict(run_experiments(paths, {"seeds": 2}, **folders, at_once=2))
+    assert set(executed) == set(paths) and all(path.exists() for path in executed.values())
+    one, other = (set(json.loads((folders["figures"] / f"{name}.svg").read_text())) for name in "ab")
+    assert one and other and not one & other
+    assert {"meet_a: met", "meet_b: met"} <= set(capfd.readouterr().out.splitlines())
+
+
+def test_a_notebook_that_fails_ends_those_beside_it(experiment, folders):
+    slow = experiment("slow.ipynb", "import time; time.sleep(600)")
+    fails = experiment("fails.ipynb", "1 / 0")
+    start = time.perf_counter()
+    with pytest.raises(ExperimentError, match="ZeroDivisionError"):
+        list(run_experiments([slow, fails], {}, **folders, at_once=2))
+    assert time.perf_counter() - start < 300
+    assert not list(folders["runs"].glob(".*")) and (folders["figures"] / "plot.svg").read_text() == "old"
+
+
 def test_an_error_in_a_widget_fails_the_run(experiment, folders):
     notebook = experiment("widget.ipynb", DRAW, "from ipywidgets import Button, Output",
                           "button, out = Button(), Output()\n@out.capture()\ndef pressed(_): {}['key']",
@@ -205,6 +234,14 @@ def test_a_broken_entry_is_computed_again(compute, tmp_path):
     assert compute.count == 2
     assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1)
     assert compute.count == 2
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError])
+def test_an_entry_is_not_at_fault_if_the_machine_cannot_read_it(error, compute, tmp_path):
+    cached_result(compute, {}, tmp_path, Result.load)
+    def load(entry): raise error
+    with pytest.raises(error): cached_result(compute, {}, tmp_path, load)
+    assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1) and compute.count == 1
 
 
 def test_other_code_means_another_result(compute, tmp_path, monkeypatch):

@@ -202,6 +202,7 @@ def test_pieces_are_words_and_runs_of_punctuation():
         ["strasse", "?!", "it", "'", "s", "3", ".", "5", ",", "我", "们", "。"]
     # marks belong to their letters
     assert [kind for _, _, kind in pieces("हिन्दी cafe\u0301s")] == ["हिन्दी", "cafe\u0301s"]
+    assert [kind for _, _, kind in pieces("I ❤\ufe0flove")] == ["i", "❤\ufe0f", "love"]
 
 
 def test_a_script_without_spaces_has_a_word_for_each_character():
@@ -463,6 +464,7 @@ def test_features_are_compared_by_content_and_cannot_be_changed():
     (dict(texts=("saw", "saw")), "a word is given twice"),
     (dict(spans=((Span(0, 2, 1.0),), (Span(0, 4, 0.0),))), "one span, which covers all of it"),
     (dict(texts=("saw ", "tree"), spans=((Span(0, 4, 1.0),), (Span(0, 4, 0.0),))), "a word is trimmed"),
+    (dict(texts=(" saw", "tree"), spans=((Span(0, 3, 1.0),), (Span(0, 4, 0.0),))), "a word is trimmed"),
 ])
 def test_the_record_itself_is_checked(fields, message):
     good = dict(name="f", mode="words", texts=("saw", "tree"), spans=((Span(0, 3, 1.0),), (Span(0, 4, 0.0),)))

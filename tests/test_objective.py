@@ -1,5 +1,7 @@
 """The objective: accuracy with a fitted bias, entropy, KL, and what their sum does."""
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -378,6 +380,12 @@ def test_accuracy_of_the_classes_is_counted_on_either_side_of_zero():
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_a_negative_weight_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}="): LossWeights(**{name: value})
+
+
+def test_weights_are_numbers_of_python_whatever_was_given():
+    given, plain = (json.dumps(asdict(LossWeights(kl=n(0.5), active=None))) for n in (np.float32, float))
+    assert given == plain
+    with pytest.raises(ValueError, match="weight kl='much' is not a number"): LossWeights(kl="much")
 
 
 @pytest.mark.parametrize("value", [-0.1, 0.0, 1.0, 1.5, math.nan])

@@ -664,6 +664,24 @@ def test_an_interrupt_while_labels_grow_leaves_what_was_met(monkeypatch):
     assert result.interrupted and len(result.ranking)
 
 
+def test_labels_grow_from_a_search_with_the_same_settings_and_were_not_met_in_the_trace(monkeypatch):
+    seen, grow = [], module.grow
+    monkeypatch.setattr("tokenlabel.optimize.grow", lambda short, *rest: (seen.append(short), grow(short, *rest))[1])
+    result = run(label_tokens=2, steps=2, lr=0.1, init=(0.0, 0.1), calibrated=False)
+    [short] = seen
+    assert short.adam.defaults["lr"] == 0.1 and not short.calibrated and short.v.shape[1] == 1
+    other = result.ranking[result.ranking.restart == -1]
+    assert len(other) and (other.step == -1).all()
+
+
+def test_where_no_label_grows_there_is_none(monkeypatch):
+    monkeypatch.setattr("tokenlabel.optimize.extensions", lambda *args: [])
+    lm = make_tiny_lm("llama")
+    short = Search(channel(lm, tokenize(WORDS, lm)))
+    short.step()
+    assert grow(short, 3, 3) == []
+
+
 def test_an_interrupt_before_the_first_step_is_passed_on(monkeypatch):
     interrupt_at(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt): run()
@@ -1002,6 +1020,7 @@ def test_the_seconds_of_a_length_are_those_of_all_its_searches(monkeypatch):
 def test_a_length_is_refused_like_any_other_search():
     lm = make_tiny_lm("llama")
     with pytest.raises(ValueError, match="steps"): module.label_length(WORDS, lm, steps=0)
+    with pytest.raises(ValueError, match="longest=0"): module.label_length(WORDS, lm, longest=0)
 
 
 def test_a_token_is_added_only_if_it_pays_on_held_out_words():
@@ -1039,6 +1058,9 @@ def test_numbers_of_numpy_are_numbers_and_others_are_refused_before_the_search()
             label_feature(WORDS, lm, **(options | {name: value}))
     for name, value in dict(lr="fast", heldout=None, weight_decay=[], temperature=1.0, ramp=None, init=("a", 1)).items():
         with pytest.raises(ValueError, match=rf"{name}=.* is not a (pair of numbers|number)"):
+            label_feature(WORDS, lm, **(options | {name: value}))
+    for name, value in dict(heldout="0.3", temperature="12").items():   # which Python would read as numbers
+        with pytest.raises(ValueError, match=f"{name}='{value}' is not a"):
             label_feature(WORDS, lm, **(options | {name: value}))
     with pytest.raises(ValueError, match="weights=.* is not a `LossWeights`"):
         label_feature(WORDS, lm, weights={"kl": 1.0}, **options)

@@ -1,5 +1,6 @@
 """The oracle: true bounds, exact ranks, killed and continued; and its rivals, who pay for all that they ask."""
 import gc
+import json
 import math
 import weakref
 from dataclasses import replace
@@ -9,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import make_tiny_lm, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optimize import TEXTS, WORDS
+from tokenizers import Tokenizer
 
 import tokenlabel.search as module
 from tokenlabel.direct import direct
@@ -214,10 +217,15 @@ def test_another_question_is_not_answered_from_the_cache(tmp_path):
         assert meter.positions > 0, options
 
 
-def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path):
+def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path, monkeypatch):
     found = ask(WORDS, top=3)
     same(Oracle.load(found.save(tmp_path / "oracle")), found)
     same(Oracle.load(found.save(tmp_path / "oracle")), found)
+    with monkeypatch.context() as broken:
+        broken.setattr(Feature, "to_jsonl", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError): ask(TEXTS, top=1).save(tmp_path / "oracle")
+    same(Oracle.load(tmp_path / "oracle"), found)
+    assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "ranking.parquet").touch()  # of a saved result, say
     with pytest.raises(ValueError, match="something else than a saved oracle"): found.save(tmp_path / "result")
@@ -410,6 +418,30 @@ def test_another_model_can_explain_and_pays():
     assert len(task.losses) == 1
 
 
+def renumbered(model, tokenizer):
+    "The same language model, with other numbers for its tokens."
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    order = [*range(3), *reversed(range(3, len(names)))]  # the special tokens stay where they are
+    state["model"]["vocab"] = {names[id]: place for place, id in enumerate(order)}
+    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        part.weight.data[:len(order)] = part.weight.data[order].clone()
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return load_lm(model, tokenizer=transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **special))
+
+
+@torch.no_grad()
+def test_an_explainer_with_another_vocabulary_is_understood_by_what_it_says():
+    judge, tried = judge_of(WORDS), []
+    for lm in (None, renumbered(tiny_model("llama", 0), tiny_tokenizer(True))):
+        task = Task(judge, LossWeights(), Meter())
+        task.score = lambda ids: tried.extend(ids.tolist())
+        for _ in module.explainer(task, lm): pass
+    ours, theirs = tried[:judge.lm.label_count], tried[judge.lm.label_count:]
+    assert ours == theirs and sorted(ours) == judge.lm.admissible.nonzero()[:, 0].tolist() != ours
+
+
 # --- table and figure -------------------------------------------------------------------------------------------------
 
 
@@ -468,3 +500,6 @@ def test_races_are_kept(tmp_path):
 def test_numbers_of_numpy_are_numbers(tmp_path):
     plain, given = (ask(WORDS, labels=n(12), top=n(2), seed=n(3), runs=tmp_path) for n in (int, np.int64))
     assert given.ranking.equals(plain.ranking) and len(list((tmp_path / "cache").iterdir())) == 1
+    result = label_feature(WORDS, make_tiny_lm("llama"), seed=np.int64(3), steps=2, restarts=1, progress=False)
+    assert regret(replace(result, ranking=given.ranking.head(1)), given) == 0
+    assert len(race_all([WORDS], make_tiny_lm("llama"), 1, rivals={"prior": RIVALS["prior"]}, seeds=np.arange(1), progress=False))

@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import sys
-import time
+from contextlib import closing
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -60,8 +60,8 @@ def _figures_folder(options) -> Path:
     return options.runs / re.sub(r"[^\w.=-]+", "-", " ".join(said)) if said else Path("figures")
 
 def _reproduce(options) -> int:
-    from tokenlabel.experiment import (ExperimentError, check_parameters, find_experiment, list_experiments,
-                                       run_experiment)
+    from tokenlabel.experiment import (ExperimentError, available_memory, check_parameters, find_experiment,
+                                       list_experiments, run_experiments)
     parameters = {}
     for setting in options.set:
         name, equals, value = setting.partition("=")
@@ -79,15 +79,14 @@ def _reproduce(options) -> int:
     figures = options.figures or _figures_folder(options)
     notebooks = [find_experiment(experiment) for experiment in options.experiments or list_experiments()]
     for notebook in notebooks: check_parameters(notebook, parameters)
-    for notebook in notebooks:
-        print(f"{notebook.stem}: running", flush=True)
-        start = time.perf_counter()
-        try: executed = run_experiment(notebook, parameters, figures=figures, runs=options.runs)
-        except ExperimentError as error:
-            print(f"tokenlabel: error: {error}", file=sys.stderr)
-            return 1
-        print(f"{notebook.stem}: {time.perf_counter() - start:.0f} s, executed notebook {executed}, "
-              f"figures in {figures}")
+    # several seeds share the processors, and another model may need all the memory; a small run takes 2.3 GB at most
+    at_once = max(1, min(len(notebooks), int(available_memory() // 2.3e9))) if parameters == {"quick": True} else 1
+    try:
+        with closing(run_experiments(notebooks, parameters, figures=figures, runs=options.runs, at_once=at_once)) as each:
+            for notebook, executed in each: print(f"{notebook.stem}: executed notebook {executed}, figures in {figures}")
+    except ExperimentError as error:
+        print(f"tokenlabel: error: {error}", file=sys.stderr)
+        return 1
     from tokenlabel.paper import sum_up, verdict_line
     for verdict in sum_up(figures): print(verdict_line(verdict))
     return 0
@@ -230,7 +229,7 @@ def main(
     # made a search 20 times slower. They can sleep instead, but have to be told before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if argv is None:   # this process is the command: what ends it otherwise ends it like Ctrl-C, with all tidied up
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")   # a label may be of any script
     try: return options.command(options)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ __all__ = ['Label', 'TOP', 'GAP_EVERY', 'SURE', 'NUMBERS', 'schedule', 'initial_
 
 # %% ../nbs/05b_descent.ipynb #6bda4fd2
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -159,7 +160,7 @@ class Search:
         tokens = discriminator.tokens
         self.discriminator, self.weights, self.steps = discriminator, weights, steps
         self.temperature, self.ramp, self.calibrated = temperature, ramp, calibrated
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(operator.index(seed))
         self.v = initial_slots(discriminator, restarts, label_tokens, self.generator, *init, temperature[0]
                                ).requires_grad_()  # [R, T, V]
         self.adam = torch.optim.AdamW([self.v], lr=lr, weight_decay=weight_decay)
@@ -296,8 +297,9 @@ def note(self: Search, seen: Seen, temperature: float, entropy_weight: float) ->
 
 @patch
 def meet(self: Search, labels: Sequence[Label], restart: int) -> None:
-    "Remember labels as candidates."
-    for label in labels: self.met.setdefault(label, (self.done, restart))
+    "Remember labels as candidates; restart -1 if they come from none."
+    place = (self.done, restart) if restart >= 0 else (-1, -1)
+    for label in labels: self.met.setdefault(label, place)
     self.times.update(labels)
 
 # %% ../nbs/05b_descent.ipynb #86550b7b

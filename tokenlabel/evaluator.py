@@ -8,6 +8,7 @@ __all__ = ['DISTRACTORS', 'EXPECTED', 'RIVALS', 'MOST', 'AUROC', 'LOW', 'spellin
 
 # %% ../nbs/06b_evaluator.ipynb #463bcbcc
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def sample_items(
     if len(feature.texts) <= most: return feature
     active = torch.tensor(active_items(feature))
     groups = active.nonzero()[:, 0], (~active).nonzero()[:, 0]
-    chosen = draw_items(*groups, most, torch.Generator().manual_seed(seed))
+    chosen = draw_items(*groups, most, torch.Generator().manual_seed(operator.index(seed)))
     return replace(feature, texts=[feature.texts[i] for i in chosen], spans=[feature.spans[i] for i in chosen])
 
 # %% ../nbs/06b_evaluator.ipynb #c0ec3841

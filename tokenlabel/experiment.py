@@ -7,7 +7,7 @@ __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_param
            'run_experiment', 'content_hash', 'code_version', 'cache_entry', 'read_entry', 'write_entry',
            'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'Call', 'run_calls', 'time_steps',
            'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
-           'fastest_layout', 'Display', 'label_many', 'label_all']
+           'fastest_layout', 'Display', 'label_many', 'label_all', 'run_alone', 'run_experiments']
 
 # %% ../nbs/11_experiment.ipynb #c5f7b7c4
 import ast
@@ -17,13 +17,14 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
@@ -34,8 +35,7 @@ from math import ceil
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from queue import SimpleQueue
-from signal import Signals
-from threading import Thread
+from threading import Thread, main_thread
 from typing import Any, Callable, Iterator
 
 import tokenlabel
@@ -241,6 +241,7 @@ def read_entry(entry: Path, load: Callable[[Path], Any]):
     "What `load` reads from an entry, or None if there is none. One that cannot be read is removed."
     if not entry.exists(): return None
     try: return load(entry)
+    except (ImportError, MemoryError): raise   # not the fault of the entry
     except Exception as error:   # whatever a truncated file makes a reader raise
         warnings.warn(f"computing again what {entry} should hold, which cannot be read: {error!r}")
         shutil.rmtree(entry)
@@ -329,7 +330,8 @@ def _load_again(location: str, dtype, name: str, fingerprint: str, threads: int,
     lm = replace(load_lm(location, dtype=dtype, device=device), name=name)
     if lm.fingerprint != fingerprint:
         raise ValueError(f"{location} does not hold the language model that is in memory: one of them was changed "
-                         "after loading. With processes=1 the one in memory is used")
+                         "after loading, or has another tokenizer. Only this process can use the one in memory: "
+                         "processes=1, or engine=\"here\" of `label_features`")
     return lm
 
 # %% ../nbs/11_experiment.ipynb #666bd64b
@@ -339,6 +341,15 @@ class Worker:
     process: subprocess.Popen
     connection: Connection
 
+def _start_process(function: str, **environment) -> Worker:
+    "A new process that calls a function of this module, which finds its end of the socket as standard input."
+    code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.experiment import {function}; {function}()"
+    ours, theirs = Pipe()
+    with theirs: process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno(), start_new_session=True,
+                                            env=os.environ | environment)
+    return Worker(process, ours)
+
+# %% ../nbs/11_experiment.ipynb #23859040
 @contextmanager
 def start_workers(
     count: int,
@@ -346,17 +357,12 @@ def start_workers(
     lm,             # an `LM`
 ) -> Iterator[list[Worker]]:
     "Workers that know `lm`; they are killed at the end, whatever they do."
-    code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.experiment import work; work()"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     load = dict(location=lm.model.name_or_path, dtype=lm.dtype, name=lm.name, fingerprint=lm.fingerprint,
                 threads=threads, device=str(lm.device))
     team = []
     try:
         for _ in range(count):
-            ours, theirs = Pipe()
-            with theirs:
-                team.append(Worker(subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno(),
-                                                    env=environment, start_new_session=True), ours))
+            team.append(_start_process("work", OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE"))
             _send(team[-1], load)
         yield team
     finally:
@@ -395,7 +401,8 @@ def run_calls(
             worker, number = running[connection]
             try: kind, value = connection.recv()
             except (EOFError, OSError):
-                raise RuntimeError(_obituary(calls[number].name, worker.process.wait(), len(team))) from None
+                raise RuntimeError(f"{_obituary(calls[number].name, worker.process.wait())}; if that was it, use fewer "
+                                   f"than {len(team)} (argument `processes`). Finished runs are kept") from None
             if kind == "step": report(number, value)
             elif kind == "failed": raise _failure(calls[number].name, *value)
             else:
@@ -408,10 +415,9 @@ def _failure(name: str, message: str, trace: str) -> RuntimeError:
     error.add_note(f"In the worker process:\n\n{trace}")
     return error
 
-def _obituary(name: str, status: int, processes: int) -> str:
-    how = f"was killed by {Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return (f"{name}: its process {how}. A machine that is out of memory kills processes; if that was it, use fewer "
-            f"than {processes} (argument `processes`). Finished runs are kept")
+def _obituary(name: str, status: int) -> str:
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{name}: its process {how}. A machine that is out of memory kills processes"
 
 # %% ../nbs/11_experiment.ipynb #bbed9562
 def time_steps(
@@ -587,6 +593,7 @@ def _choose(lm, jobs: int, runs: Path, processes: int | None, threads: int | Non
         return 1, threads or torch.get_num_threads(), "the language model was made in memory: no other process has it"
     if processes: return processes, threads or max(1, cpus // processes), "as asked for"
     if threads: return min(max(1, cpus // threads), processes_in_memory(lm)), threads, "threads as asked for"
+    if cpus == 1: return 1, 1, "there is one processor"
     layouts = possible_layouts(cpus, processes_in_memory(lm))
     if jobs == 1 and not _layout_file(lm, layouts, runs).exists():
         return 1, torch.get_num_threads(), "one run is done before a measurement would be"
@@ -640,3 +647,81 @@ def _steps(job: Job, lm) -> int:
     except TypeError as error: raise ValueError(f"{job.name}: {error}") from None
     call.apply_defaults()
     return call.arguments["steps"]
+
+# %% ../nbs/11_experiment.ipynb #2dc08288
+class _Named:
+    "Writes whole lines to `out`, each behind a name."
+    def __init__(self, name: str, out): self.name, self.out, self.rest = name, out, ""
+    def flush(self): self.out.flush()
+    def write(self, text: str):
+        *lines, self.rest = (self.rest + text).split("\n")
+        self.out.write("".join(f"{self.name}: {line}\n" for line in lines))
+
+# %% ../nbs/11_experiment.ipynb #ae67778b
+def run_alone() -> None:
+    "The life of a process that runs one notebook, and interrupts itself when the socket is closed."
+    connection = Connection(0)
+    cpus, notebook, parameters, folders = connection.recv()
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell lets what it starts in the background ignore it
+
+    def listen():
+        with suppress(EOFError, OSError): connection.recv()   # nothing more comes
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
+
+    Thread(target=listen, daemon=True).start()
+    if cpus: os.sched_setaffinity(0, cpus)
+    start, out = time.perf_counter(), _Named(notebook.stem, sys.stdout)
+    with redirect_stdout(out), suppress(KeyboardInterrupt):
+        print("running", flush=True)
+        try: answer = run_experiment(notebook, parameters, **folders)
+        except (ExperimentError, ValueError, OSError) as error: answer = error
+        except Exception as error: answer = ExperimentError(f"{notebook.name} failed: {error!r}")
+        if out.rest: print()
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        connection.send(answer)
+
+# %% ../nbs/11_experiment.ipynb #6700b4fe
+def _shares(at_most: int) -> list[set[int]]:
+    "Processors for each of some processes; all, said by an empty set, for a single one and where none can be chosen."
+    if at_most == 1 or not hasattr(os, "sched_getaffinity"): return [set()]
+    cpus = sorted(os.sched_getaffinity(0))[:available_cpus()]
+    return [set(cpus[first::at_most]) for first in range(min(at_most, len(cpus)))]
+
+# %% ../nbs/11_experiment.ipynb #04bbdd03
+def run_experiments(
+    names_or_paths: list[str | Path],   # as in `run_experiment`, like all that follows
+    parameters: dict[str, Any],
+    *,
+    figures: Path,
+    runs: Path,
+    at_once: int = 1,                   # at most so many side by side, and no more than there are processors
+) -> Iterator[tuple[Path, Path]]:       # notebook and executed notebook, as they finish
+    """`run_experiment` for each, in a process of its own.
+
+    Raises what `run_experiment` raises. That, or any other end, stops the others.
+    """
+    waiting, free, running = [find_experiment(each) for each in names_or_paths], _shares(at_once), {}
+    try:
+        while waiting or running:
+            while free and waiting:
+                notebook, cpus, worker = waiting.pop(0), free.pop(), _start_process("run_alone")
+                running[worker.connection] = notebook, cpus, worker
+                _send(worker, (cpus, notebook, parameters, dict(figures=figures, runs=runs)))
+            for connection in wait(list(running)):
+                notebook, cpus, worker = running[connection]
+                answer = _answer(worker, notebook)
+                if isinstance(answer, Exception): raise answer
+                worker.process.wait()   # before the socket is closed, which would interrupt it
+                connection.close()
+                del running[connection]
+                free.append(cpus)
+                yield notebook, answer
+    finally:
+        for _, _, worker in running.values(): worker.connection.close()
+        for _, _, worker in running.values(): worker.process.wait()
+
+def _answer(worker: Worker, notebook: Path) -> Path | Exception:
+    try: return worker.connection.recv()
+    except (EOFError, OSError):
+        return ExperimentError(f"{_obituary(notebook.name, worker.process.wait())}; if that was it, name one notebook at "
+                               "a time")

@@ -31,6 +31,10 @@ class LossWeights:
     end: float = 0.01  # that a label is likely to end where it does; a mixture is not asked
 
     def __post_init__(self):
+        for name, given in vars(self).copy().items():
+            if given is None and name == "active": continue
+            try: object.__setattr__(self, name, float(given))  # NumPy's, too
+            except (TypeError, ValueError): raise ValueError(f"weight {name}={given!r} is not a number") from None
         for name in ("accuracy", "entropy", "kl", "end"):
             if not getattr(self, name) >= 0: raise ValueError(f"weight {name}={getattr(self, name)} is negative")
         if self.active is not None and not 0 < self.active < 1:

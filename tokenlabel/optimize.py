@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'LISTED', 'GUESSED', 'MOST', 'SECOND', 'LIKED', 'SURPRISING', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS',
-           'STEMS', 'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'WHOLE', 'REAL', 'PAIRS', 'LONGEST',
-           'MARGIN', 'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed',
+           'STEMS', 'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'WHOLE', 'REAL', 'PAIRS', 'SEARCH',
+           'LONGEST', 'MARGIN', 'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed',
            'most_expected', 'look_size', 'best_by_look', 'NoLabel', 'shortlist', 'rank_labels', 'extensions', 'grow',
            'neighbors', 'relatives', 'around', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide',
-           'result_headline', 'result_text', 'result_html', 'check_folder', 'save_result', 'load_result',
+           'result_headline', 'result_text', 'result_html', 'check_folder', 'replacing', 'save_result', 'load_result',
            'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
@@ -20,7 +20,8 @@ import operator
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
@@ -296,6 +297,7 @@ def grow(
         labels = best_by_look(short, labels, 2 * STEMS, look_size(short, 1 / 2), turn=short.done)
         labels = best_by_look(short, labels, STEMS if length < label_tokens else size, look_size(short, 1 / 2))
         if length < label_tokens: labels = extensions(judge, labels)
+        if not labels: break  # nothing longer is read as it is written
     return labels
 
 # %% ../nbs/06_optimize.ipynb #0ab3cca1
@@ -377,7 +379,7 @@ class LabelResult:
     label: str  # exact text, with its leading space
     feature: Feature
     ranking: pd.DataFrame  # candidates, best first: what `rank_labels` gives, and step and restart where first met (-1:
-    # guessed or expected, and not met)
+    # guessed, expected, grown from single tokens or a neighbor of such, and not met)
     heldout: pd.DataFrame  # label ("hard", "soft", "chance"), metric, value, low, high; empty if nothing was held out
     trace: pd.DataFrame  # for each step and restart: schedule, losses, accuracies, the most probable label's own
     # accuracy loss (NaN in steps that did not judge it), ten top tokens and probabilities
@@ -468,27 +470,33 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds something else than a saved result ({other}); give a new or empty folder")
 
 # %% ../nbs/06_optimize.ipynb #7c2edebb
-def save_result(result: LabelResult, folder: Path) -> Path:
-    "Write a result; raises ValueError if `folder` holds something else."
-    check_folder(folder)
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    "A new folder to write into, which takes the place of `folder` once all is written."
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".result-", dir=folder.parent) as work:
-        new = Path(work) / "new"
+        new, old = Path(work) / "new", Path(work) / "old"
         new.mkdir()
+        yield new
+        if folder.exists(): os.replace(folder, old)
+        try: os.replace(new, folder)
+        except BaseException:
+            if old.exists(): os.replace(old, folder)
+            raise
+
+
+def save_result(result: LabelResult, folder: Path) -> Path:
+    "Write a result; raises ValueError if `folder` holds something else."
+    check_folder(folder)
+    with replacing(folder) as new:
         for name in TABLES: getattr(result, name).to_parquet(new / f"{name}.parquet")
         result.feature.to_jsonl(new / "feature.jsonl")
         rest = {name: getattr(result, name) for name in ("label", "soft", "settings", "interrupted", "seconds")}
         text = json.dumps(rest | {"feature": result.feature.name}, ensure_ascii=False, indent=1,
                           default=lambda number: number.item())  # NumPy's, if a setting was one
         (new / "result.json").write_text(text, encoding="utf-8")
-        old = Path(work) / "old"
-        if folder.exists(): os.replace(folder, old)
-        try: os.replace(new, folder)
-        except BaseException:
-            if old.exists(): os.replace(old, folder)
-            raise
-    return folder
+    return folder.resolve()
 
 # %% ../nbs/06_optimize.ipynb #e3a3cc25
 def load_result(folder: Path) -> LabelResult:
@@ -524,7 +532,7 @@ def label_feature(
     # as they are, and only ranking and scores fit them
     batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
     candidates: int = 6,  # tokens met on the way, or guessed, that are ranked on all the data
-    guesses: int = 16,  # labels that the LM guesses from active words and that are tried, too; 0: the descent alone
+    guesses: int = 16,  # labels that the LM guesses from active words and that are tried, too; 0: with one token the descent alone
     expected: int = 0,  # labels that the LM expects most at the slot, to try as well; thousands take long, and miss less
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
@@ -550,10 +558,10 @@ def label_feature(
                     guesses=guesses, expected=expected, heldout=heldout, seed=seed)
     _check_settings(settings)
     start = time.perf_counter()
-    types = feature.heldout_types(heldout, seed) if heldout else frozenset()
+    types = feature.heldout_types(settings["heldout"], settings["seed"]) if settings["heldout"] else frozenset()
     tokens = tokenize(feature, lm, types)
     check_classes(tokens)
-    judge = DISCRIMINATORS[discriminator](lm, tokens, prompts, label_tokens)
+    judge = DISCRIMINATORS[discriminator](lm, tokens, prompts, settings["label_tokens"])
     search = new_search(judge, settings, weights)
     rows, interrupted = _run(search, progress)
     return conclude(search, rows, settings, interrupted, start)
@@ -562,6 +570,11 @@ def label_feature(
 WHOLE = ("label_tokens", "restarts", "steps", "candidates", "guesses", "expected", "batch_size", "seed")
 REAL = ("lr", "weight_decay", "heldout")
 PAIRS = ("temperature", "ramp", "init")
+
+
+def _number(value) -> float:
+    if isinstance(value, str): raise TypeError  # which `float` would read
+    return float(value)
 
 
 def _plain_settings(settings: dict) -> None:
@@ -576,10 +589,10 @@ def _plain_settings(settings: dict) -> None:
             kind = 'neither a whole number nor "auto"' if name == "label_tokens" else "not a whole number"
             raise ValueError(f"{name}={settings[name]!r} is {kind}") from None
     for name in REAL:
-        try: settings[name] = float(settings[name])
+        try: settings[name] = _number(settings[name])
         except (TypeError, ValueError): raise ValueError(f"{name}={settings[name]!r} is not a number") from None
     for name in PAIRS:
-        try: settings[name] = [*map(float, settings[name])]
+        try: settings[name] = [*map(_number, settings[name])]
         except (TypeError, ValueError):
             raise ValueError(f"{name}={settings[name]!r} is not a pair of numbers (first, last)") from None
 
@@ -611,6 +624,10 @@ def check_classes(tokens: TokenizedFeature) -> None:
                              "another seed or share to hold out")
 
 # %% ../nbs/06_optimize.ipynb #39d00d1c
+SEARCH = ("restarts", "label_tokens", "steps", "lr", "temperature", "ramp", "init", "weight_decay", "calibrated",
+          "batch_size", "seed")  # what a search is given
+
+
 def new_search(
     judge: Channel | Direct,
     settings: dict,  # as of `LabelResult`; gets what only the discriminator knows
@@ -620,9 +637,7 @@ def new_search(
     settings["prompts"] = asdict(judge.question) if isinstance(judge, Direct) else [p.text for p in judge.prompts]
     settings["dtype"] = str(judge.lm.dtype).removeprefix("torch.")
     settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
-    names = ("restarts", "label_tokens", "steps", "lr", "temperature", "ramp", "init", "weight_decay", "calibrated",
-             "batch_size", "seed")
-    return Search(judge, weights=weights, **{name: settings[name] for name in names})
+    return Search(judge, weights=weights, **{name: settings[name] for name in SEARCH})
 
 # %% ../nbs/06_optimize.ipynb #99dd74f6
 def _run(search: Search, progress: bool | Callable[[list[dict]], None]) -> tuple[list[dict], bool]:
@@ -658,14 +673,13 @@ def conclude(
     guesses, grown = guessed(judge, settings["guesses"], label_tokens), []
     expected = most_expected(judge, settings["expected"]) if label_tokens == 1 else []
     if label_tokens > 1 and not interrupted:
-        short = Search(judge, weights=weights, restarts=settings["restarts"], batch_size=settings["batch_size"],
-                       seed=seed)
+        short = Search(judge, weights=weights, **{name: settings[name] for name in SEARCH} | {"label_tokens": 1})
         try:
             for _ in range(FIRST_STEPS): short.step()
             grown = grow(short, label_tokens, candidates, guessed(judge, settings["guesses"]),
                          max(FRONT, settings["expected"]))
         except KeyboardInterrupt: interrupted = True
-        search.meet(grown, 0)
+        search.meet(grown, -1)
     found = shortlist(search, candidates, guesses, expected)
     ranking, z_hard = rank_labels(judge, list(dict.fromkeys(found + grown)), weights)
     if not interrupted:
@@ -681,7 +695,10 @@ def conclude(
 # %% ../nbs/06_optimize.ipynb #63ef1936
 @torch.no_grad()
 def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
-    "Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U]."
+    """Losses of the best restart's soft label on all units that are not held out, and its logits with bias [U].
+
+    The KL of a direct label of several tokens is a mean over what precedes it in all questions.
+    """
     judge, weights = search.discriminator, search.weights
     last = min(rows[-len(search.v):], key=lambda row: row["loss"])
     log_p = search.log_p(last["temperature"])[[last["restart"]]]
@@ -716,6 +733,7 @@ def label_length(
     **options,  # of `label_feature`
 ) -> tuple[LabelResult, pd.DataFrame]:  # the result; label, loss, accuracy_loss, accuracy_heldout of each length tried
     "Label a feature with as many tokens as gain on held-out words; raises ValueError if nothing is held out."
+    if longest < 1: raise ValueError(f"longest={longest} is less than 1")
     if options.get("heldout", 0.3) == 0: raise ValueError("heldout=0 leaves nothing to choose the number of tokens by")
     best, tried, start = None, [], time.perf_counter()
     for label_tokens in range(1, longest + 1):

@@ -13,6 +13,7 @@ __all__ = ['CHUNK', 'GROUP', 'ROUNDING', 'SCORED', 'SAVED', 'Rival', 'RIVALS', '
 # %% ../nbs/07_search.ipynb #465de528
 import json
 import math
+import operator
 import os
 import time
 import warnings
@@ -44,7 +45,7 @@ from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_we
 from .objective import kl_divergence
 from .descent import Search, draw_items, has_collapsed, initial_v
 from .optimize import (DISCRIMINATORS, SHOWN, WEIGHTS, LabelResult, around, fit_logits, guessed, hard_end,
-                                 hard_loss, most_expected, rank_labels, shortlist)
+                                 hard_loss, most_expected, rank_labels, replacing, shortlist)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -229,14 +230,13 @@ def save_oracle(found: Oracle, folder: Path) -> Path:
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if present and not {"oracle.json"} <= present <= {"ranking.parquet", "feature.jsonl", "oracle.json"}:
         raise ValueError(f"{folder} holds something else than a saved oracle; give a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    found.ranking.to_parquet(folder / "ranking.parquet")
-    found.feature.to_jsonl(folder / "feature.jsonl")
-    rest = {name: getattr(found, name) for name in ("top", "settings", "positions", "seconds")}
-    text = json.dumps(rest | {"feature": found.feature.name}, ensure_ascii=False, indent=1,
-                      default=lambda number: number.item())  # NumPy's, as of a seed
-    (folder / "oracle.json").write_text(text, encoding="utf-8")
-    return folder
+    with replacing(folder) as new:
+        found.ranking.to_parquet(new / "ranking.parquet")
+        found.feature.to_jsonl(new / "feature.jsonl")
+        rest = {name: getattr(found, name) for name in ("top", "settings", "positions", "seconds")}
+        text = json.dumps(rest | {"feature": found.feature.name}, ensure_ascii=False, indent=1)
+        (new / "oracle.json").write_text(text, encoding="utf-8")
+    return folder.resolve()
 
 
 def load_oracle(folder: Path) -> Oracle:
@@ -281,7 +281,8 @@ def read_progress(file: Path | None, labels: int) -> Progress:
 
 # %% ../nbs/07_search.ipynb #ff8a0bbc
 def label_ids(
-    labels: int | Sequence[str | int] | None,  # so many of the most expected, words or tokens, or all
+    labels: int | Sequence[str | int] | None,  # so many of the most expected; tokens, or texts that are one (a leading
+    # space is part of it); or all
     judge: Channel | Direct,
 ) -> Tensor:  # long [C], most expected first
     "The tokens that are meant; raises ValueError for one that cannot be a label."
@@ -322,7 +323,7 @@ def oracle(
     if isinstance(labels, Integral): labels = int(labels)
     elif labels is not None and not isinstance(labels, str):
         labels = [label if isinstance(label, str) else int(label) for label in labels]
-    weights = weights or WEIGHTS[discriminator]
+    weights, heldout, seed = weights or WEIGHTS[discriminator], float(heldout), operator.index(seed)
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), heldout=heldout, seed=seed)
     key = settings | dict(what="oracle", lm=lm, feature=feature, prompts=prompts, labels=labels, top=top)
     entry = None if runs is None else cache_entry(key, runs)
@@ -449,7 +450,8 @@ def rank_in(
     truth: Oracle,
     tie: float = 0.0,  # losses that differ by less count as equal
 ) -> Rank:
-    "Rank of a result's label; raises ValueError if the oracle speaks of something else."
+    """Rank of a result's label; raises ValueError if the oracle speaks of something else. Models are told apart by their
+    names, and a result in bfloat16 may be held against an oracle in float32."""
     loss, table = _own_loss(result, truth), truth.ranking
     others = table[table.token_id != result.ranking.token_id[0]]
     better = others.loss < loss - tie
@@ -665,9 +667,13 @@ def explainer(task: Task, lm: LM | None = None, shown: int = 20) -> Iterator[Non
     words = [(tokens.strings[unit] if tokens.feature.mode == "words" else tokens.types[unit]).strip() for unit in drawn]
     text = f"All of these are examples of one category: {', '.join(words)}.\nThe name of the category, in one word, is"
     hidden = lm.model.base_model(input_ids=torch.tensor([lm.encode_start(text)], device=lm.device)).last_hidden_state
-    guesses = lm.logits(hidden[0, -1]).float().masked_fill(~task.lm.admissible, -math.inf)
-    if lm is not task.lm: task.meter.positions += len(lm.encode_start(text))  # the meter is at the evaluator
-    return _try(task, guesses.argsort(descending=True)[:task.lm.label_count])
+    guesses = lm.logits(hidden[0, -1]).float().masked_fill(~lm.admissible, -math.inf)
+    labels = guesses.argsort(descending=True)[:lm.label_count]
+    if lm is not task.lm:
+        task.meter.positions += len(lm.encode_start(text))  # the meter is at the evaluator
+        own = {task.lm.token(id): id for id in task.lm.admissible.nonzero()[:, 0].tolist()}  # its tokens may be others
+        labels = torch.tensor([own[word] for word in map(lm.token, labels.tolist()) if word in own])
+    return _try(task, labels)
 
 
 RIVALS: dict[str, Rival] = {
@@ -680,10 +686,11 @@ def race(
     judge: Channel | Direct,
     budget: int,  # positions
     *,
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,  # as in `label_feature`
     seed: int = 0,
 ) -> pd.DataFrame:  # improvements: positions, token, and the columns of `rank_labels`; the last row is the end
     "What a rival finds for its positions."
+    weights = weights or WEIGHTS["direct" if isinstance(judge, Direct) else "channel"]
     with count_positions(judge.lm) as meter:
         task = Task(judge, weights, meter, seed)
         for _ in rival(task):
