@@ -128,7 +128,7 @@ def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
     (copy / path).with_name(".notest").unlink()
     nb, given = papermill.iorw.load_notebook_node(str(copy / path)), SMALL[name] | {"figures": str(tmp_path / "figures")}
     read = papermill.inspect_notebook(copy / path)
-    if "runs" in read: given["runs"] = str(tmp_path / "runs")
+    given |= {each: str(tmp_path / each) for each in ("runs", "data") if each in read}
     given |= {"lms": [tiny_folder]} if "lms" in read else {"lm": tiny_folder}
     assert set(given) <= set(read)
     nbformat.write(papermill.parameterize.parameterize_notebook(nb, given), copy / path)
