@@ -163,6 +163,7 @@ print("met")"""
     assert {"meet_a: met", "meet_b: met"} <= set(capfd.readouterr().out.splitlines())
 
 
+@pytest.mark.skipif(available_cpus() < 2, reason="there is one processor")
 def test_a_notebook_that_fails_ends_those_beside_it(experiment, folders):
     slow = experiment("slow.ipynb", "import time; time.sleep(600)")
     fails = experiment("fails.ipynb", "1 / 0")

@@ -212,7 +212,7 @@ def _from_activations(name: str, activations: Mapping[str, float]) -> Feature:
 # %% ../nbs/01_feature.ipynb #475d7976
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"  # each character is a word
 LETTER = rf"[[\w]--[\p{{M}}]--{UNSPACED}]"  # of the others
-MARKED = rf"(?:[^\w\p{{M}}\s\x1c-\x1f]\p{{M}}*)+"  # punctuation, and emoji with the marks that choose their looks
+MARKED = r"(?:[^\w\p{M}\s\x1c-\x1f]\p{M}*)+"  # punctuation, and emoji with the marks that choose their looks
 PIECE = regex.compile(rf"{UNSPACED}\p{{M}}*|{LETTER}[[\w\p{{M}}]--{UNSPACED}]*|{MARKED}|\p{{M}}+", regex.V1)
 
 def pieces(

@@ -532,7 +532,7 @@ def label_feature(
     # as they are, and only ranking and scores fit them
     batch_size: int | None = None,  # words, texts or questions per step; left out: at most 64, 6 or 16
     candidates: int = 6,  # tokens met on the way, or guessed, that are ranked on all the data
-    guesses: int = 16,  # labels that the LM guesses from active words and that are tried, too; 0: with one token the descent alone
+    guesses: int = 16,  # labels that the LM guesses from active words and that are tried, too; 0: none
     expected: int = 0,  # labels that the LM expects most at the slot, to try as well; thousands take long, and miss less
     heldout: float = 0.3,  # share of the word types kept for scoring, 0 for none
     seed: int = 0,  # same seed, same result
