@@ -8,7 +8,8 @@ import torch
 from conftest import FAMILIES, make_tiny_lm, tiny_model
 
 from tokenlabel import captured, synthetic
-from tokenlabel.captured import ROUND, Steps, make_plan, playable, played, recorded, stacked, stepping
+from tokenlabel.captured import ROUND, Steps, even, make_plan, playable, played, recorded, stacked, stepping
+from tokenlabel.direct import Question, direct
 from tokenlabel.discriminator import channel
 from tokenlabel.feature import tokenize
 from tokenlabel.lm import load_lm
@@ -19,9 +20,21 @@ from tokenlabel.search import count_positions
 NAMES = ("loss", "accuracy_loss", "entropy", "kl", "hard_accuracy_loss", "temperature", "entropy_weight")
 
 
-def judge_of(family="llama", mode="words", label_tokens=1, prompts=None, size=None):
+ASK = {"words": Question("Is {word} {label}?", answer=" ", yes="1", no="0"),
+       "texts": Question("In {text} is {token} {label}?", answer=" ", yes="1", no="0")}
+
+
+def tokens_of(family="llama", mode="words", size=None):
     lm, feature = make_tiny_lm(family), synthetic.animals(0, mode, size=size or {"words": 24, "texts": 10}[mode])
-    return channel(lm, tokenize(feature, lm, feature.heldout_types(0.3, 0)), prompts, label_tokens)
+    return lm, tokenize(feature, lm, feature.heldout_types(0.3, 0))
+
+
+def judge_of(family="llama", mode="words", label_tokens=1, prompts=None, size=None):
+    return channel(*tokens_of(family, mode, size), prompts, label_tokens)
+
+
+def asked_of(family="llama", mode="words", label_tokens=1, **options):
+    return direct(*tokens_of(family, mode), ASK[mode], label_tokens, **options)
 
 
 def compare(one, other, steps=6):
@@ -29,8 +42,8 @@ def compare(one, other, steps=6):
     rows = [row for _ in range(steps) for row in one.step()]
     for step in played(other): again = [row for _ in range(steps) for row in step()]
     for row, same in zip(rows, again, strict=True):
-        for name in NAMES: assert same[name] == pytest.approx(row[name], abs=1e-4, nan_ok=True), name
-        assert same["tokens"] == row["tokens"] and same["probabilities"] == pytest.approx(row["probabilities"], abs=1e-4)
+        for name in NAMES: assert same[name] == pytest.approx(row[name], abs=5e-4, nan_ok=True), name
+        assert same["tokens"] == row["tokens"] and same["probabilities"] == pytest.approx(row["probabilities"], abs=1e-3)
     assert one.met == other.met and one.times == other.times
     assert (one.v - other.v).abs().max() < 1e-3 and other.v.is_leaf and other.v.requires_grad
     assert one.done == other.done == steps and torch.equal(one.generator.get_state(), other.generator.get_state())
@@ -45,6 +58,23 @@ def test_laid_out_steps_do_what_the_search_does(family, mode, label_tokens):
     judge = judge_of(family, mode, label_tokens)
     assert len({len(prompt.before) for prompt in judge.prompts}) > 1, "caches are padded"
     compare(*(Search(judge, label_tokens=label_tokens, steps=8) for _ in range(2)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["words", "texts"])
+@pytest.mark.parametrize("label_tokens", [1, 2])
+def test_laid_out_questions_do_what_the_search_does(family, mode, label_tokens):
+    judge = asked_of(family, mode, label_tokens)
+    assert len(judge.levels) == {"words": 2, "texts": 3}[mode], "rows are of several levels"
+    compare(*(Search(judge, label_tokens=label_tokens, steps=8) for _ in range(2)))
+
+
+@pytest.mark.parametrize("options", [
+    dict(calibrated=False, weights=LossWeights(active=None, entropy=0.3)),
+    dict(batch_size=5, restarts=3, weights=LossWeights(active=0.8, accuracy=2.0))])
+def test_settings_of_questions_count(options):
+    judge = asked_of("qwen2")
+    compare(*(Search(judge, steps=8, **options) for _ in range(2)))
 
 
 @pytest.mark.parametrize("options", [
@@ -94,6 +124,20 @@ def test_only_a_search_on_a_gpu_with_even_prompts_is_played_and_only_if_nobody_c
     with stepping(search) as step: assert step == search.step
 
 
+def test_questions_are_played_if_they_are_in_memory_and_fit_into_one_pass():
+    assert even(Search(asked_of())) and even(Search(asked_of(), batch_size=20))
+    assert not even(Search(asked_of(memory=0)))
+    positions = 2 * 2 * 16 * (1 + len(asked_of().after))  # restarts, alone and in mixture, questions, tokens
+    assert even(Search(asked_of(positions=positions))) and not even(Search(asked_of(positions=positions - 1)))
+
+
+def test_what_was_kept_of_questions_is_not_kept_for_other_features():
+    judge = asked_of("gpt2")
+    judge.lm.recordings.clear()
+    for step in played(Search(judge, steps=2)): step()
+    assert not judge.lm.recordings
+
+
 def test_a_recording_does_not_keep_the_model_alive():
     lm = load_lm(tiny_model("llama"), tokenizer=make_tiny_lm("llama").tokenizer)
     feature = synthetic.animals(0, size=24)
@@ -109,11 +153,12 @@ def test_padding_counts_nowhere():
     search = Search(judge_of("llama"), steps=5)
     batches = [search.draw(size) for size in (8, 3, 6, 2, 7)]
     plan = make_plan(search, batches)
-    for table, size in zip((plan.ids, plan.place, plan.column, plan.kind), (2, 1, 1, 1)): assert table.shape[size] % ROUND == 0
-    for batch, kind, weight, unit in zip(batches, plan.kind, plan.weight, plan.unit):
+    reads = plan.reads
+    for table, size in zip((reads.ids, reads.place, reads.column, plan.kind), (2, 1, 1, 1)): assert table.shape[size] % ROUND == 0
+    for batch, kind, weight, unit in zip(batches, plan.kind, plan.weight, reads.unit):
         count = len(batch.unit)
         assert (kind[:count] >= 0).all() and (kind[count:] == -1).all() and not weight[:, count:].any()
-        assert weight.sum() == pytest.approx(1) and unit.bincount(minlength=len(kind) + 1)[count:-1].sum() == 0
+        assert weight.sum() == pytest.approx(1) and unit.max() == count
 
 
 def test_rows_are_padded_to_a_round_size():

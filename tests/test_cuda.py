@@ -79,15 +79,17 @@ def test_a_whole_label(pair, kind, mode, label_tokens, tmp_path):
     one.save(tmp_path / "result")
 
 
-@pytest.mark.parametrize("mode", ["words", "texts"])
+@pytest.mark.parametrize("kind, mode", KINDS)
 @pytest.mark.parametrize("label_tokens", [1, 2])
-def test_a_recording_does_what_the_steps_do(pair, mode, label_tokens):
-    judge = judge_of(pair[1], "channel", mode, label_tokens)
+def test_a_recording_does_what_the_steps_do(pair, kind, mode, label_tokens):
+    judge = judge_of(pair[1], kind, mode, label_tokens)
     for seed in range(2):  # the second plays the recording of the first, if it has the same shapes
         one, other = (Search(judge, steps=8, label_tokens=label_tokens, seed=seed) for _ in range(2))
         rows = [row for _ in range(6) for row in one.step()]
-        with stepping(other) as step: again = [row for _ in range(6) for row in step()]
-        assert judge.lm not in captured._unfit and judge.lm.recordings
+        with stepping(other) as step:
+            assert step != other.step
+            again = [row for _ in range(6) for row in step()]
+        assert judge.lm not in captured._unfit and (judge.lm.recordings or kind == "direct")
         for row, same in zip(rows, again):
             for name in ("loss", "accuracy_loss", "entropy", "kl", "hard_accuracy_loss", "temperature", "entropy_weight"):
                 assert same[name] == pytest.approx(row[name], abs=2e-3, nan_ok=True)

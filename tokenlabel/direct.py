@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'QUESTIONS', 'PAPER_QUESTIONS', 'READ', 'UNITS', 'LABELS', 'SOME', 'FEW', 'Question', 'render',
-           'split_prompt', 'answer_ids', 'examples', 'encode_examples', 'Past', 'gather', 'forward', 'read_on',
-           'nothing', 'Level', 'split_levels', 'past_of', 'read_levels', 'mean_log_prior', 'Direct', 'direct',
-           'DirectBatch', 'answer', 'answer_and_prior']
+           'split_prompt', 'answer_ids', 'examples', 'encode_examples', 'Past', 'joined', 'gather', 'forward',
+           'read_on', 'nothing', 'Level', 'split_levels', 'past_of', 'read_levels', 'mean_log_prior', 'Direct',
+           'direct', 'DirectBatch', 'ask', 'answer', 'answer_and_prior']
 
 # %% ../nbs/04b_direct.ipynb #150555f8
 import re
@@ -175,15 +175,24 @@ class Past(NamedTuple):
     seen: Tensor  # bool [R, W], False where padded
 
 
-def gather(
+def joined(
     *parts: tuple[Past, Tensor],  # each with rows, long [R]
 ) -> Past:
-    "Chosen rows of one past, those of the next behind them, and so on; columns that are padding in all rows are cut."
-    seen = torch.cat([past.seen[rows] for past, rows in parts], 1)
-    used = seen.any(0)
+    "Chosen rows of one past, those of the next behind them, and so on."
     layers = [[(k[rows], v[rows]) for k, v in past.layers] for past, rows in parts if past.layers]
-    join = lambda tensors: torch.cat(tensors, 2) if used.all() else torch.cat(tensors, 2)[:, :, used]
-    return Past(tuple(tuple(map(join, zip(*layer))) for layer in zip(*layers)), seen[:, used])
+    join = lambda tensors: torch.cat(tensors, 2)
+    return Past(tuple(tuple(map(join, zip(*layer))) for layer in zip(*layers)),
+                torch.cat([past.seen[rows] for past, rows in parts], 1))
+
+
+def gather(
+    *parts: tuple[Past, Tensor],  # as for `joined`
+) -> Past:
+    "What `joined` gives, without the columns that are padding in all rows."
+    layers, seen = joined(*parts)
+    used = seen.any(0)
+    if used.all(): return Past(layers, seen)
+    return Past(tuple((k[:, :, used], v[:, :, used]) for k, v in layers), seen[:, used])
 
 
 def forward(
@@ -413,16 +422,26 @@ def _ask_all(
 
 # %% ../nbs/04b_direct.ipynb #ebe7ff18
 def _ask(judge: Direct, label: Tensor, past: Past, pairs: Tensor, read: Callable[[Direct, Tensor, int], Any]) -> Any:
-    lm, (which, unit) = judge.lm, pairs.T
-    inputs = torch.cat([label[which], lm.embed(judge.after).expand(len(pairs), -1, -1)], 1)
-    lengths = torch.full((len(pairs),), inputs.shape[1], device=lm.device)
-    hidden, _ = forward(lm, gather((past, unit)), inputs, lengths)
+    which, unit = pairs.T
+    hidden = ask(judge.lm, gather((past, unit)), label[which], judge.lm.embed(judge.after))
     return read(judge, hidden, label.shape[1])
+
+
+def ask(
+    lm: LM,
+    past: Past,  # of P rows
+    label: Tensor,  # [P, T, d]
+    after: Tensor,  # [m, d], embeddings of what stands behind the label
+) -> Tensor:  # [P, T + m, d], last hidden states
+    "Read on with a label and the question's end."
+    inputs = torch.cat([label, after.expand(len(label), -1, -1)], 1)
+    return forward(lm, past, inputs, torch.full((len(label),), inputs.shape[1], device=lm.device))[0]
 
 # %% ../nbs/04b_direct.ipynb #c609db56
 def answer(judge: Direct, hidden: Tensor, label_tokens: int) -> Tensor:  # [P, L, d] to [P]
     "Logit of yes against no."
-    rows = [None if part is None else part[list(judge.answers)].float() for part in judge.lm.head]
+    chosen = lambda part: torch.stack([part[id] for id in judge.answers]).float()  # nothing has to go to the device
+    rows = [None if part is None else chosen(part) for part in judge.lm.head]
     yes, no = _logits(hidden[:, -1].float(), Head(*rows), judge.lm.logit_scale, judge.lm.softcap).unbind(-1)
     return yes - no
 

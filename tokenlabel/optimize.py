@@ -675,7 +675,8 @@ def conclude(
     if label_tokens > 1 and not interrupted:
         short = Search(judge, weights=weights, **{name: settings[name] for name in SEARCH} | {"label_tokens": 1})
         try:
-            for _ in range(FIRST_STEPS): short.step()
+            with stepping(short) as step:
+                for _ in range(min(FIRST_STEPS, short.steps)): step()
             grown = grow(short, label_tokens, candidates, guessed(judge, settings["guesses"]),
                          max(FRONT, settings["expected"]))
         except KeyboardInterrupt: interrupted = True
