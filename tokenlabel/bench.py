@@ -277,7 +277,7 @@ def naive_channel_step(trial: Trial, judge: Channel, turn: int = 0) -> tuple[flo
 # %% ../nbs/15_bench.ipynb #cd38ae6a
 def operations(call: Callable[[], object]) -> int:
     "Floating-point operations of a call."
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: call()  # it miscounts fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: call()  # not all fused attention is counted
     return counter.get_total_flops()
 
 

@@ -172,8 +172,7 @@ def attention(
     inputs: Tensor,
     size: int,  # numbers in an attention matrix, over all rows
 ) -> AbstractContextManager:
-    """PyTorch's fused attention is slow on CPUs when it is differentiated; small matrices go without. That of cuDNN
-    prepares itself for each new shape, and here nearly every pass has one."""
+    "PyTorch's fused attention is slow on CPUs when it is differentiated; small matrices go without."
     if inputs.is_cuda: return sdpa_kernel(ANY_SHAPE)
     plain = inputs.requires_grad and inputs.device.type == "cpu" and size <= SMALL
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
