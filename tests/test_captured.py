@@ -40,7 +40,7 @@ def asked_of(family="llama", mode="words", label_tokens=1, **options):
 def compare(one, other, steps=6):
     "Step both searches, the second as it would be played."
     rows = [row for _ in range(steps) for row in one.step()]
-    for step in played(other): again = [row for _ in range(steps) for row in step()]
+    with played(other) as step: again = [row for _ in range(steps) for row in step()]
     for row, same in zip(rows, again, strict=True):
         for name in NAMES: assert same[name] == pytest.approx(row[name], abs=5e-4, nan_ok=True), name
         assert same["tokens"] == row["tokens"] and same["probabilities"] == pytest.approx(row["probabilities"], abs=1e-3)
@@ -108,7 +108,7 @@ def test_a_step_that_fails_leaves_the_search_as_it_was(monkeypatch, error, for_g
     monkeypatch.setattr(captured, "_unfit", set())
     judge.lm.recordings.clear()
     with pytest.warns(UserWarning, match="one by one, as they cannot be recorded"):
-        for step in played(search): rows = step()
+        with played(search) as step: rows = step()
     assert (judge.lm in captured._unfit) == for_good and rows == other.step()
 
 
@@ -134,14 +134,14 @@ def test_questions_are_played_if_they_are_in_memory_and_fit_into_one_pass():
 def test_what_was_kept_of_questions_is_not_kept_for_other_features():
     judge = asked_of("gpt2")
     judge.lm.recordings.clear()
-    for step in played(Search(judge, steps=2)): step()
+    with played(Search(judge, steps=2)) as step: step()
     assert not judge.lm.recordings
 
 
 def test_a_recording_does_not_keep_the_model_alive():
     lm = load_lm(tiny_model("llama"), tokenizer=make_tiny_lm("llama").tokenizer)
     feature = synthetic.animals(0, size=24)
-    for step in played(Search(channel(lm, tokenize(feature, lm)), steps=2)): step()
+    with played(Search(channel(lm, tokenize(feature, lm)), steps=2)) as step: step()
     assert lm.recordings
     gone = weakref.ref(lm)
     del lm, step

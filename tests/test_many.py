@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import tokenlabel.many as module
+from tokenlabel.direct import Question
 from tokenlabel.discriminator import channel
 from tokenlabel.experiment import Job
 from tokenlabel.feature import Feature, tokenize
@@ -164,13 +165,38 @@ def test_a_stream_is_read_as_it_is_needed(lm):
 
 def test_mistakes_show_before_anything_is_labeled(lm):
     for wrong in (dict(engine="cluster"), dict(workers=0), dict(together=0), dict(steps=0), dict(nonsense=1),
-                  dict(discriminator="direct"), dict(label_tokens="auto"), dict(prompts=["no slot"]),
+                  dict(discriminator="oracle"), dict(label_tokens="some"), dict(prompts=["no slot"]),
+                  dict(discriminator="direct", prompts=["{label}:"]), dict(label_tokens="auto", steps=0),
                   dict(prompts="a {label}:"), dict(prompts=[]), dict(progress=True), dict(temperature=1.0),
                   dict(engine="processes")):  # the last: made in memory
         with pytest.raises(ValueError): label_features(some_features(1), lm, **wrong)
 
 
 def labels(found): return {number: result.label for number, result in found.items()}
+
+
+ASKED = dict(discriminator="direct", prompts=Question("Is {word} {label}?", answer=" ", yes="1", no="0"))
+ALONE = [ASKED, dict(label_tokens="auto", heldout=0.5)]
+
+
+@pytest.mark.parametrize("options", ALONE)
+def test_what_shares_nothing_is_labeled_one_by_one(stored, options):
+    features = some_features(2)
+    alone = [label_feature(feature, stored, progress=False, **HOW | options).label for feature in features]
+    assert labels(dict(label_features(features, stored, **HOW | options))) == dict(enumerate(alone))
+
+
+def test_workers_ask_directly_too(stored):
+    here, there = (labels(dict(label_features(some_features(2), stored, engine=engine, **HOW | ASKED)))
+                   for engine in ("here", "processes"))
+    assert here == there
+
+
+@pytest.mark.parametrize("options", ALONE)
+def test_a_file_of_what_shares_nothing_is_not_done_twice(lm, tmp_path, options):
+    source, out = write(tmp_path / "in.jsonl", some_features(2)), tmp_path / "out.jsonl"
+    assert [label_file(source, out, lm, **HOW | options) for _ in range(2)] == [2, 0]
+    assert all("label" in json.loads(line) for line in out.read_text().splitlines()[1:])
 
 
 def test_workers_give_the_labels_of_this_process(stored):

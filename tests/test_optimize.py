@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import tokenlabel.optimize as module
 from tokenlabel.direct import Question, direct
-from tokenlabel.discriminator import channel, make_batch, next_log_prior
+from tokenlabel.discriminator import channel, make_batch, label_log_prior
 from tokenlabel.feature import Feature, tokenize
 from tokenlabel.lm import load_lm
 from tokenlabel.objective import LossWeights, objective
@@ -506,7 +506,7 @@ def test_guesses_are_the_likeliest_labels_behind_the_list(label_tokens):
     lm = make_tiny_lm("llama")
     judge, tokens = channel(lm, tokenize(WORDS, lm)), lm.admissible.nonzero()[:, 0].tolist()
     ids = lm.encode_start(f"{', '.join(ACTIVE)} and other")
-    expected = lambda label: next_log_prior(lm, lm.model.base_model(torch.tensor([[*ids, *label]])).last_hidden_state[0, -1])
+    expected = lambda label: label_log_prior(lm, lm.model.base_model(torch.tensor([[*ids, *label]])).last_hidden_state[0, -1])
     with torch.no_grad():
         first = expected(()).tolist()
         best = sorted(((id,) for id in tokens), key=lambda label: -first[label[0]])[:9]

@@ -78,6 +78,12 @@ def test_readme_equals_the_index_notebook(copy):
     assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make export`"
 
 
+def test_results_in_the_readme_are_those_of_the_figures():
+    from tokenlabel.paper import load_verdicts, verdict_table
+    table = verdict_table(load_verdicts(ROOT / "figures"))
+    assert table.strip() in (ROOT / "README.md").read_text(), "run index.ipynb again, then `make export`"
+
+
 def test_links_in_the_readme_lead_somewhere():
     links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', (ROOT / "README.md").read_text())
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .direct import Direct, DirectBatch, answer_and_prior, ask, joined
-from .discriminator import Batch, Channel, attention_mask, joined_caches, laid_out, next_log_prior, read_behind
+from .discriminator import Batch, Channel, attention_mask, joined_caches, laid_out, label_log_prior, read_behind
 from .feature import ACTIVE
 from .objective import best_bias, best_scale, class_weights, cross_entropy, kl_divergence
 from .descent import GAP_EVERY, SURE, Search, Seen, praised, schedule, top_of_slots
@@ -41,7 +41,7 @@ class ChannelReads(NamedTuple):
     prompt: Tensor  # long [S], whose turn it is
     ids: Tensor  # long [S, K, P]
     position: Tensor  # long [S, K, m + P], with m positions of the label and the rest of the prompt
-    hidden: Tensor  # bool [S, K, 1, m + P, n + m + P], where `attention_mask` forbids, behind n positions of the prompt
+    forbidden: Tensor  # bool [S, K, 1, m + P, n + m + P], as `attention_mask` says, behind n positions of the prompt
     place: Tensor  # long [S, M], in [K, 1 + P] flattened
     column: Tensor  # long [S, N], which place predicts a token
     target: Tensor  # long [S, N], the token
@@ -63,13 +63,13 @@ def channel_reads(
         turn, packing, fit = step % len(judge.prompts), batch.packing, ~judge.tokens.heldout[batch.unit]
         more, longer = K - len(packing.ids), P - packing.ids.shape[1]
         own = len(judge.prompts[turn].before)
-        hidden = attention_mask(n, m, pad(packing.visible, (0, longer, 0, longer, 0, more)), n - own) < 0
+        forbidden = attention_mask(n, m, pad(packing.visible, (0, longer, 0, longer, 0, more)), n - own) < 0
         head = torch.arange(own, own + m).expand(K, -1)
         row, inside = packing.source // (1 + packing.ids.shape[1]), packing.source % (1 + packing.ids.shape[1])
         place, column = (row * (1 + P) + inside).unique(return_inverse=True)
         steps.append(ChannelReads(
             torch.tensor(turn), pad(packing.ids, (0, longer, 0, more)),
-            torch.cat([head, own + m + pad(packing.offset, (0, longer, 0, more))], 1), hidden, place, column,
+            torch.cat([head, own + m + pad(packing.offset, (0, longer, 0, more))], 1), forbidden, place, column,
             packing.target, (fit.cumsum(0) * fit)[batch.of_unit], judge.baseline[turn, batch.token].cpu()))
     *even, place, column, target, unit, baseline = map(list, zip(*steps))
     return ChannelReads(*map(torch.stack, even), *map(stacked, (place, column, target, unit, baseline)))
@@ -86,7 +86,7 @@ def channel_reader(judge: Channel) -> Reader:
         (B, T, _), (K, P) = label.shape, now.ids.shape
         layers = [tuple(part.index_select(0, now.prompt[None]).expand(B * K, -1, -1, -1) for part in layer)
                   for layer in caches]
-        mask = now.hidden.to(lm.dtype) * torch.finfo(torch.float16).min
+        mask = now.forbidden.to(lm.dtype) * torch.finfo(torch.float16).min
         hidden, _ = read_behind(lm, layers, laid_out(label, after, lm.embed(now.ids)), now.position.repeat(B, 1),
                                 mask.repeat(B, 1, 1, 1))
         hidden = hidden.unflatten(0, (B, K))
@@ -94,7 +94,7 @@ def channel_reader(judge: Channel) -> Reader:
         token = now.column * logits.shape[2] + now.target
         given = logits.flatten(1).gather(1, token.expand(B, -1)) - logits.logsumexp(-1).gather(1, now.column.expand(B, -1))
         gain = given.new_zeros(B, 1 + units).index_add(1, now.unit, given - now.baseline)
-        return gain[:, 1:], next_log_prior(lm, hidden[:, 0, :T - 1])
+        return gain[:, 1:], label_log_prior(lm, hidden[:, 0, :T - 1])
 
     return read
 
@@ -267,10 +267,12 @@ def even(search: Search) -> bool:
 @contextmanager
 def stepping(search: Search) -> Iterator[Callable[[], list[dict]]]:  # what `Search.step` does
     "The way to step a search that is fastest where it is."
-    if playable(search): yield from played(search)
-    else: yield search.step
+    if not playable(search): yield search.step
+    else:
+        with played(search) as step: yield step
 
 
+@contextmanager
 def played(search: Search) -> Iterator[Callable[[], list[dict]]]:
     "Its steps from a recording; the search is as if it had done them itself."
     judge, states, batches = search.discriminator, [search.generator.get_state()], []

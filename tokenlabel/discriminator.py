@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'SMALL', 'ANY_SHAPE', 'BLOCK', 'ON_GPU', 'POSITIONS', 'EXPECTED_LABELS', 'CONTINUED', 'Prompt',
-           'split_at_slot', 'check_prompts', 'read_prompt', 'next_log_prior', 'next_log_prob', 'Packing', 'pack',
+           'split_at_slot', 'check_prompts', 'read_prompt', 'label_log_prior', 'next_log_prob', 'Packing', 'pack',
            'attention', 'read_behind', 'laid_out', 'joined_caches', 'attention_mask', 'forward_rows', 'room',
            'token_log_probs', 'predict_all', 'predict', 'in_chunks', 'expected_labels', 'start_log_probs',
            'marginal_log_probs', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'longest_input',
@@ -85,10 +85,10 @@ def _read_anew(text: str, lm: LM) -> Prompt:
     hidden = lm.model.base_model(input_ids=torch.tensor([ids], device=lm.device), past_key_values=cache,
                                  use_cache=True).last_hidden_state
     return Prompt(text, tuple(ids), tuple(lm.encode(after)),
-                  tuple((layer.keys, layer.values) for layer in cache.layers), next_log_prior(lm, hidden[0, -1]))
+                  tuple((layer.keys, layer.values) for layer in cache.layers), label_log_prior(lm, hidden[0, -1]))
 
 # %% ../nbs/04_discriminator.ipynb #f3f2a387
-def next_log_prior(
+def label_log_prior(
     lm: LM,
     hidden: Tensor,  # [..., d], last hidden states
 ) -> Tensor:  # [..., V], float32
@@ -165,14 +165,15 @@ def _ancestors(parent: Tensor) -> Tensor:  # long [K, P] to bool [K, P, P]
 
 # %% ../nbs/04_discriminator.ipynb #06155d05
 SMALL = 2**18  # numbers in an attention matrix that is kept for the gradient, in each layer and for each head
-ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # and not cuDNN's
 
 
 def attention(
     inputs: Tensor,
     size: int,  # numbers in an attention matrix, over all rows
 ) -> AbstractContextManager:
-    "PyTorch's fused attention is slow on CPUs when it is differentiated; small matrices go without."
+    """The context for a forward pass: fused attention, but plain matrices for small differentiated ones on a CPU, where
+    the fused one is slow."""
     if inputs.is_cuda: return sdpa_kernel(ANY_SHAPE)
     plain = inputs.requires_grad and inputs.device.type == "cpu" and size <= SMALL
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -444,10 +445,10 @@ def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature, la
     "Raise ValueError, naming the text, if one does not fit behind the prompts with a label of so many tokens."
     limit = longest_input(lm)
     if limit is None: return
-    room = limit - max(len(p.before) + label_tokens + len(p.after) for p in prompts)
+    left = limit - max(len(p.before) + label_tokens + len(p.after) for p in prompts)
     for i, ids in enumerate(tokens.sequences):
-        if len(ids) > room:
-            raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {room} here; "
+        if len(ids) > left:
+            raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {left} here; "
                              "split it")
 
 # %% ../nbs/04_discriminator.ipynb #d9d123a8
@@ -491,7 +492,7 @@ def read(
     for chosen in _chosen(self, turn):
         hidden = forward_rows(self.lm, [self.prompts[i] for i in chosen], label, batch.packing)
         given |= zip(chosen, predict_all(self.lm, hidden, batch.packing))
-        later.append(next_log_prior(self.lm, hidden[:, :, 0, :label.shape[1] - 1]))
+        later.append(label_log_prior(self.lm, hidden[:, :, 0, :label.shape[1] - 1]))
     first = self.log_prior.expand(len(label), 1, -1)
     return _gain(self, batch, given), torch.cat([first, torch.cat(later).mean(0)], 1)
 
@@ -541,7 +542,7 @@ def next_log_prior(
     label: Tensor,  # [B, t, d], the first t tokens of B labels
 ) -> Tensor:  # [B, V], mean over prompts
     "Log-probabilities of the label's next token."
-    return torch.stack([next_log_prior(self.lm, last) for last in _behind(self, label).values()]).mean(0)
+    return torch.stack([label_log_prior(self.lm, last) for last in _behind(self, label).values()]).mean(0)
 
 
 @patch

@@ -23,7 +23,7 @@ from .feature import Feature, active_items, tokenize
 from .lm import LM
 from .objective import LossWeights
 from .descent import Search, draw_items
-from .optimize import DISCRIMINATORS, WEIGHTS, rank_labels
+from .optimize import DISCRIMINATORS, rank_labels, weights_for
 from .score import score
 
 # %% ../nbs/06b_evaluator.ipynb #17985296
@@ -139,10 +139,8 @@ def check_evaluator(
     objective prefers that label. Raises ValueError for labels of which none is a single token, and for bad settings.
     """
     start = time.perf_counter()
-    if discriminator not in DISCRIMINATORS:
-        raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
     right, left_out = right_labels(labels, lm)
-    weights = weights or WEIGHTS[discriminator]
+    weights = weights_for(discriminator, weights)
     if weights.active is None: weights = replace(weights, active=float(tokenize(feature, lm).activation.mean()))
     tokens = tokenize(sample_items(feature, MOST[feature.mode] if most is None else most, seed), lm)
     judge = DISCRIMINATORS[discriminator](lm, tokens, prompts)

@@ -108,7 +108,8 @@ class Feature:
     """What a feature fires on.
 
     Words have one span each, over the whole word. In texts, what no span covers has activation 0. An activation
-    from 0.5 on counts as active. Raises ValueError, naming the word or text by its index, if something is wrong.
+    from 0.5 on counts as active. Raises ValueError, naming the word or text by its index, if something is wrong, and
+    the functions that make one TypeError for a string in place of a list of words or texts.
     """
     name: str
     mode: str                            # "words" or "texts"
@@ -188,7 +189,8 @@ class Feature:
         path: str | Path,
         name: str | None = None,  # left out: the file's name without its ending
     ) -> "Feature":
-        'A feature from a file with lines `{"word": …, "activation": …}` or `{"text": …, "spans": [[…, …, …]]}`.'
+        """A feature from a file with lines `{"word": …, "activation": …}` or `{"text": …, "spans": [[…, …, …]]}`; raises
+        ValueError, naming file and line, for others."""
         return read_jsonl(Path(path), name)
 
     def to_jsonl(self, path: str | Path) -> Path:
@@ -200,7 +202,8 @@ class Feature:
         share: float = 0.3,  # of the active and of the inactive word types
         seed: int = 0,
     ) -> frozenset[str]:  # casefolded
-        "Word types to keep out of the fit, drawn separately from the active and from the inactive ones."
+        """Word types to keep out of the fit, drawn separately from the active and from the inactive ones; raises ValueError
+        if there are fewer than two of either."""
         return draw_types(word_types(self), share, seed)
 
     def _repr_html_(self) -> str: return feature_html(self)
@@ -513,7 +516,7 @@ def tokenize(
     lm: "LM",
     heldout: frozenset[str] = frozenset(),  # word types, as `feature.heldout_types()` gives them
 ) -> TokenizedFeature:
-    "A feature cut into the tokens of `lm`; raises ValueError if a span cuts through a token."
+    "A feature cut into the tokens of `lm`; raises ValueError if a span cuts through a token, or for unknown types."
     if unknown := sorted(set(heldout) - set(word_types(feature))):
         raise ValueError(f"held-out types {unknown[:5]} are not among the word types of the feature")
     sequences, units, token_unit = [], [], []  # units: (activation, type, string)

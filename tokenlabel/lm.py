@@ -373,7 +373,7 @@ class LM:
 
     @cached_property
     def admissible(self) -> Tensor:
-        "True where a token may be a label: not a control token, not a padded id that the tokenizer lacks. [V] bool"
+        "True where a token may be a label: no control token, no fragment of a character, no id without a token. [V] bool"
         return _admissible(self.tokenizer, len(self.embedding)).to(self.device)
 
     @cached_property
@@ -575,7 +575,8 @@ def load_lm(
     is put into eval mode and frozen in place.
 
     Raises ConnectionError if the default model is neither cached nor reachable, FileNotFoundError for a path that does
-    not exist, and ValueError for a model or tokenizer that this package cannot work with.
+    not exist, OSError for a name that the hub does not give, TypeError for a source that is none of these, and
+    ValueError for a model or tokenizer that this package cannot work with.
     """
     if dtype == "fastest": dtype = fastest_dtype()
     elif isinstance(dtype, str):

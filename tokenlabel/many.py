@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOGETHER', 'MOST', 'KEPT', 'RETRIES', 'ENGINES', 'Known', 'read_prompts', 'learn_words', 'shared_channel', 'Query',
            'forward_together', 'predict_together', 'read_together', 'inputs_together', 'praised_together',
-           'step_together', 'search_together', 'Live', 'one_step', 'to_the_end', 'settings_of', 'Lost',
+           'step_together', 'label_alone', 'search_together', 'Live', 'one_step', 'to_the_end', 'settings_of', 'Lost',
            'process_worker', 'start_ray', 'Labeler', 'start_actor', 'ray_worker', 'run_workers', 'label_features',
            'read_features', 'result_row', 'read_results', 'cut_off', 'label_file']
 
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -30,15 +31,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .discriminator import (BLOCK, PROMPTS, Batch, Channel, Packing, Prompt, _gain, attention_mask,
-                                      check_length, check_prompts, laid_out, marginal_log_probs, next_log_prior, pack,
+                                      check_length, check_prompts, laid_out, marginal_log_probs, label_log_prior, pack,
                                       read_behind, read_prompt)
 from .experiment import Job, _failure, _load_again, _send, start_workers
 from .feature import Feature, TokenizedFeature, check_text, excerpt, located, merge_words, tokenize
 from .lm import LM
 from .softlabel import embed_softlabel
 from .descent import Search, StepInput, has_collapsed, praised
-from .optimize import (WEIGHTS, LabelResult, _check_settings, _run, check_classes, conclude, label_feature,
-                                 new_search)
+from .direct import Question, check_question
+from .optimize import (LabelResult, _check_settings, _run, check_classes, conclude, label_feature, new_search,
+                                 weights_for)
 
 # %% ../nbs/06c_many.ipynb #4fb6b933
 class Known(NamedTuple):
@@ -94,14 +96,14 @@ class Query(NamedTuple):
 def forward_together(
     lm: LM,
     prompt: Prompt,
-    questions: Sequence[Query],  # all with labels of T tokens
+    queries: Sequence[Query],  # all with labels of T tokens
 ) -> list[Tensor]:  # of each: [R, K, m + P, d], as `forward_rows` gives behind one prompt
-    "Last hidden states of all rows of all questions, in one pass."
-    packings = [question.batch.packing for question in questions]
-    n, T = len(prompt.before), questions[0].label.shape[1]
+    "Last hidden states of all rows of all queries, in one pass."
+    packings = [query.batch.packing for query in queries]
+    n, T = len(prompt.before), queries[0].label.shape[1]
     m, width = T + len(prompt.after), max(packing.ids.shape[1] for packing in packings)
     after, inputs, positions, masks = lm.embed(prompt.after), [], [], []
-    for (_, label, _), packing in zip(questions, packings):
+    for (_, label, _), packing in zip(queries, packings):
         R, (K, P) = len(label), packing.ids.shape
         grow = (0, width - P)
         inputs.append(laid_out(label, after, lm.embed(pad(packing.ids, grow))))
@@ -114,13 +116,13 @@ def forward_together(
     hidden, _ = read_behind(lm, layers, torch.cat(inputs), torch.cat(positions).to(lm.device),
                             torch.cat(masks).to(lm.device, lm.dtype))
     parts = hidden.split([len(part) for part in inputs])
-    return [part.unflatten(0, (len(question.label), -1))[:, :, :m + packing.ids.shape[1]]
-            for part, question, packing in zip(parts, questions, packings)]
+    return [part.unflatten(0, (len(query.label), -1))[:, :, :m + packing.ids.shape[1]]
+            for part, query, packing in zip(parts, queries, packings)]
 
 # %% ../nbs/06c_many.ipynb #b9517ce0
 def predict_together(
     lm: LM,
-    hidden: Sequence[Tensor],  # of each question: what `forward_together` gives
+    hidden: Sequence[Tensor],  # of each query: what `forward_together` gives
     packings: Sequence[Packing],
 ) -> list[Tensor]:  # of each: [R, N], float32, in nats, as from `predict`
     "Log-probability of each token, from the hidden state in front of it."
@@ -145,18 +147,18 @@ def predict_together(
 
 
 def read_together(
-    questions: Sequence[Query],
+    queries: Sequence[Query],
     turn: int,  # the prompt whose turn it is
 ) -> list[tuple[Tensor, Tensor]]:  # of each: what `Channel.read` gives
     "Answers to several searches, from one forward pass."
-    judge = questions[0].judge
+    judge = queries[0].judge
     turn %= len(judge.prompts)
-    packings = [question.batch.packing for question in questions]
-    hidden = forward_together(judge.lm, judge.prompts[turn], questions)
+    packings = [query.batch.packing for query in queries]
+    hidden = forward_together(judge.lm, judge.prompts[turn], queries)
     answers = []
-    for (one, label, batch), part, given in zip(questions, hidden, predict_together(judge.lm, hidden, packings)):
+    for (one, label, batch), part, given in zip(queries, hidden, predict_together(judge.lm, hidden, packings)):
         first = one.log_prior.expand(len(label), 1, -1)
-        later = next_log_prior(judge.lm, part[:, 0, :label.shape[1] - 1])
+        later = label_log_prior(judge.lm, part[:, 0, :label.shape[1] - 1])
         answers.append((_gain(one, batch, {turn: given}), torch.cat([first, later], 1)))
     return answers
 
@@ -188,7 +190,7 @@ def praised_together(
 
 # %% ../nbs/06c_many.ipynb #ec5d0176
 def _one_pass(searches: Sequence[Search], drawn: Sequence[Batch], turn: int) -> list[list[dict]]:
-    "A step of searches whose questions fit into one pass."
+    "A step of searches whose queries fit into one pass."
     inputs = inputs_together(searches, drawn)
     judges = [search.discriminator for search in searches]
     answers = read_together([Query(judge, one.label, one.batch) for judge, one in zip(judges, inputs)], turn)
@@ -226,13 +228,21 @@ def _in_parts(searches: Sequence[Search], drawn: dict[int, Batch], after: int) -
         parts[-1].append(i)
     return parts
 
+# %% ../nbs/06c_many.ipynb #1bd62b2a
+def label_alone(job: Job, lm: LM) -> LabelResult | ValueError:
+    "What `label_feature` gives, or raises."
+    try: result = label_feature(job.feature, lm, progress=False, **job.options)
+    except ValueError as error: return error
+    if result.interrupted: raise KeyboardInterrupt  # meant for all of them
+    return result
+
 # %% ../nbs/06c_many.ipynb #70c3ec51
 def search_together(
     jobs: Iterable[tuple[int, Job]],  # each with a number
     lm: LM,
     together: int = TOGETHER,
 ) -> Iterator[tuple[int, LabelResult | Exception]]:  # as they finish; an error where a feature cannot be labeled
-    "Label features with the channel discriminator, so many at a time."
+    "Label features, so many at a time if they are asked through the channel."
     known, live, waiting, source = {}, {}, [], iter(jobs)
     most, move = (1, to_the_end) if lm.device.type == "cuda" else (together, one_step)
     while True:
@@ -244,6 +254,7 @@ def search_together(
         while waiting and len(live) < most:
             number, begun = waiting.pop(0)
             if isinstance(begun, Exception): yield number, begun
+            elif isinstance(begun, Job): yield number, label_alone(begun, lm)
             else:
                 try: live[number] = _begin(begun, known)
                 except ValueError as error: yield number, error
@@ -287,19 +298,21 @@ def settings_of(lm: LM, options: dict) -> dict:
     except TypeError as error: raise ValueError(str(error)) from None
     call.apply_defaults()
     settings = {name: value for name, value in call.arguments.items() if name not in ("feature", "progress")}
-    settings |= dict(lm=lm.name, weights=settings["weights"] or WEIGHTS["channel"])
-    if settings["label_tokens"] == "auto": raise ValueError('label_tokens="auto" is for single features; give a number')
+    kind, length = settings["discriminator"], settings["label_tokens"]
+    settings |= dict(lm=lm.name, weights=weights_for(kind, settings["weights"]))
+    if length == "auto": settings["label_tokens"] = 1
     _check_settings(settings)
-    check_prompts(settings["prompts"])
-    if settings["discriminator"] != "channel":
-        raise ValueError("only the channel discriminator labels many features at once")
+    if length == "auto": settings["label_tokens"] = length
+    (check_question if kind == "direct" else check_prompts)(settings["prompts"])
+    if isinstance(settings["prompts"], Question): settings["prompts"] = asdict(settings["prompts"])
     return settings
 
 # %% ../nbs/06c_many.ipynb #3562ff57
-def _tokenized(job: Job, lm: LM, known: dict) -> tuple[TokenizedFeature, dict, dict] | ValueError:
-    "Tokens, settings and options; the prompts become known."
+def _tokenized(job: Job, lm: LM, known: dict) -> tuple[TokenizedFeature, dict, dict] | Job | ValueError:
+    "Tokens, settings and options, and the prompts become known; the job itself if it shares nothing with others."
     try:
         settings = settings_of(lm, job.options)
+        if settings["discriminator"] == "direct" or settings["label_tokens"] == "auto": return job
         types = job.feature.heldout_types(settings["heldout"], settings["seed"]) if settings["heldout"] else frozenset()
         begun = tokenize(job.feature, lm, types), settings, job.options
         check_classes(begun[0])
@@ -318,14 +331,14 @@ def _kind(begun: tuple) -> tuple[str, tuple[str, ...] | None]:
 def _by_kind(waiting: list) -> dict:
     found = {}
     for _, begun in waiting:
-        if not isinstance(begun, Exception): found.setdefault(_kind(begun), []).extend(begun[0].sequences)
+        if isinstance(begun, tuple): found.setdefault(_kind(begun), []).extend(begun[0].sequences)
     return found
 
 
 def _begin(begun: tuple, known: dict) -> Live:
     tokens, settings, options = begun
     judge = shared_channel(known[_kind(begun)], tokens)
-    return Live(new_search(judge, settings, options.get("weights") or WEIGHTS["channel"]), [], settings, time.perf_counter())
+    return Live(new_search(judge, settings, weights_for("channel", options.get("weights"))), [], settings, time.perf_counter())
 
 # %% ../nbs/06c_many.ipynb #ebdd73c6
 class Lost(RuntimeError):
@@ -459,8 +472,9 @@ def label_features(
     together: int = TOGETHER,  # features that a worker labels at the same time
     **options,  # arguments of `label_feature` for all of them, but for `progress`
 ) -> Iterator[tuple[int, LabelResult | Exception]]:  # number of the feature, as they finish
-    """Label many features with the channel discriminator. Where a feature cannot be labeled, its error takes the place
-    of the result. Raises ValueError for bad arguments, and ImportError for the engine "ray" without Ray."""
+    """Label many features: together with the channel discriminator, one after the other with the direct one, or where
+    each is to find its own `label_tokens="auto"`. Where a feature cannot be labeled, its error takes the place of the
+    result. Raises ValueError for bad arguments, and ImportError for the engine "ray" without Ray."""
     if engine not in ENGINES: raise ValueError(f"there is no engine {engine!r}; there is {', '.join(ENGINES)}")
     for name, count in ("workers", workers), ("threads", threads), ("together", together):
         if count < 1: raise ValueError(f"{name}={count} is less than 1")

@@ -146,7 +146,8 @@ def calibrate(
     active: float | None = 0.5,  # share of the active class; None: as many as there are
     scale: bool = False,  # whether to fit a scale, too
 ) -> tuple[Tensor, Tensor]:  # scale and bias, [...] each, without gradient
-    "Scale and bias that minimize `balanced_bce(scale * z + bias, activation, active, smooth=scale)`."
+    """Bias, and scale if one is asked for (else 1), that minimize the balanced cross-entropy of `scale * z + bias`. The
+    scale is at least `LEAST` / the spread of z, also where less would have the lower loss."""
     if not scale:
         bias = fit_bias(z, activation, active)
         return torch.ones_like(bias), bias

@@ -6,10 +6,10 @@
 __all__ = ['PATTERN', 'LISTED', 'GUESSED', 'MOST', 'SECOND', 'LIKED', 'SURPRISING', 'LEAST', 'WEIGHTS', 'FRONT', 'FIRST_STEPS',
            'STEMS', 'STARTS', 'LIKELY', 'SHOWN', 'TABLES', 'DISCRIMINATORS', 'WHOLE', 'REAL', 'PAIRS', 'SEARCH',
            'LONGEST', 'MARGIN', 'Scores', 'hard_loss', 'score_labels', 'hard_kl', 'hard_end', 'fit_logits', 'guessed',
-           'most_expected', 'look_size', 'best_by_look', 'NoLabel', 'shortlist', 'rank_labels', 'extensions', 'grow',
-           'neighbors', 'relatives', 'around', 'polish', 'LabelResult', 'ranking_head', 'heldout_wide',
-           'result_headline', 'result_text', 'result_html', 'check_folder', 'replacing', 'save_result', 'load_result',
-           'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
+           'most_expected', 'look_size', 'best_by_look', 'NoLabel', 'shortlist', 'weights_for', 'rank_labels',
+           'extensions', 'grow', 'neighbors', 'relatives', 'around', 'polish', 'LabelResult', 'ranking_head',
+           'heldout_wide', 'result_headline', 'result_text', 'result_html', 'check_folder', 'replacing', 'save_result',
+           'load_result', 'label_feature', 'check_classes', 'new_search', 'conclude', 'label_length']
 
 # %% ../nbs/06_optimize.ipynb #1c7ea163
 import base64
@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from .captured import stepping
 from .descent import Label, Search, has_collapsed, praised, replaced, spelled
 from .direct import Direct, DirectBatch, Question, direct
-from .discriminator import Batch, Channel, channel, longest_input, next_log_prior
+from .discriminator import Batch, Channel, channel, longest_input, label_log_prior
 from .feature import ACTIVE, Feature, TokenizedFeature, tokenize
 from .lm import LM
 from .objective import LossWeights, balanced_bce, calibrate, objective
@@ -140,7 +140,7 @@ def guessed(
     labels, log_p, V = [()], torch.zeros(1, device=lm.device), len(lm.admissible)
     for _ in range(label_tokens):
         ids = torch.tensor([[*read(), *label] for label in labels], device=lm.device)
-        log_p = log_p[:, None] + next_log_prior(lm, lm.model.base_model(input_ids=ids).last_hidden_state[:, -1])
+        log_p = log_p[:, None] + label_log_prior(lm, lm.model.base_model(input_ids=ids).last_hidden_state[:, -1])
         log_p, place = log_p.flatten().topk(min(k, len(labels) * lm.label_count))
         labels = [(*labels[i // V], i % V) for i in place.tolist()]
     return [label for label in labels if spelled(label, lm)]
@@ -216,6 +216,12 @@ def shortlist(
 
 # %% ../nbs/06_optimize.ipynb #28afafee
 WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # see "Label a feature"
+
+
+def weights_for(discriminator: str, weights: LossWeights | None = None) -> LossWeights:
+    "The weights that are given, or those of `WEIGHTS`; raises ValueError for an unknown discriminator."
+    if discriminator in WEIGHTS: return weights or WEIGHTS[discriminator]
+    raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(WEIGHTS)}")
 
 
 def rank_labels(
@@ -395,12 +401,13 @@ class LabelResult:
                            f"{self.feature.name}: {self.ranking.token[0]}")
 
     def save(self, folder: str | Path) -> Path:
-        "Write the result into `folder`, all of it or nothing; a result that is there already is replaced."
+        """Write the result into `folder`, all of it or nothing; a result that is there already is replaced. Raises
+        ValueError if there is something else."""
         return save_result(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> "LabelResult":
-        "Read what `save` wrote."
+        "Read what `save` wrote; raises FileNotFoundError if there is no result."
         return load_result(Path(folder))
 
     def __repr__(self) -> str: return result_text(self)
@@ -549,9 +556,7 @@ def label_feature(
     if label_tokens == "auto":
         options = {name: value for name, value in locals().items() if name not in ("feature", "lm", "label_tokens")}
         return label_length(feature, lm, **options)[0]
-    if discriminator not in DISCRIMINATORS:
-        raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
-    weights = weights or WEIGHTS[discriminator]
+    weights = weights_for(discriminator, weights)
     settings = dict(lm=lm.name, discriminator=discriminator, weights=weights, label_tokens=label_tokens,
                     restarts=restarts, steps=steps, lr=lr, temperature=temperature, ramp=ramp, init=init,
                     weight_decay=weight_decay, calibrated=calibrated, batch_size=batch_size, candidates=candidates,

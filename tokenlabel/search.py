@@ -317,13 +317,11 @@ def oracle(
     progress: bool = True,  # show a bar
 ) -> Oracle:
     "The best labels of all, with the exact objective of each. Raises ValueError for settings that cannot work."
-    if discriminator not in DISCRIMINATORS:
-        raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(DISCRIMINATORS)}")
     if top is not None and top < 1: raise ValueError(f"top={top} is not positive")
     if isinstance(labels, Integral): labels = int(labels)
     elif labels is not None and not isinstance(labels, str):
         labels = [label if isinstance(label, str) else int(label) for label in labels]
-    weights, heldout, seed = weights or WEIGHTS[discriminator], float(heldout), operator.index(seed)
+    weights, heldout, seed = weights_for(discriminator, weights), float(heldout), operator.index(seed)
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), heldout=heldout, seed=seed)
     key = settings | dict(what="oracle", lm=lm, feature=feature, prompts=prompts, labels=labels, top=top)
     entry = None if runs is None else cache_entry(key, runs)

@@ -24,6 +24,7 @@ def log_softlabel(
     if not temperature > 0: raise ValueError(f"temperature {temperature} is not positive")
     scaled = v / temperature
     top = scaled.detach().masked_fill(~admissible, -torch.inf).amax(-1, keepdim=True)
+    # largest at 0; no admissible token falls as low as an excluded one, however small the temperature
     return (scaled - top).clamp(min=EXCLUDED / 10).masked_fill(~admissible, EXCLUDED).log_softmax(-1)
 
 # %% ../nbs/03_softlabel.ipynb #6f4f8af8
