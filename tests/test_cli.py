@@ -181,6 +181,7 @@ def test_a_mistake_in_the_program_is_not_called_an_error_of_the_user(optimizer, 
     (["reproduce", "nowhere.ipynb"], "there is no notebook at nowhere.ipynb"),
     (["reproduce", "--set", "seeds"], "--set needs NAME=VALUE"),
     (["reproduce", "--set", "sedes=3"], "no parameter 'sedes'"),
+    (["reproduce", "--seeds", "3", "--set", "seeds=2"], "--set seeds has an option of its own: --seeds"),
 ])
 def test_reproduce_says_what_it_was_not_given(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -303,6 +303,11 @@ def test_slots_that_are_missing_or_misplaced_are_named(user, mode, message):
     assert message in str(error.value) and user in str(error.value).replace("\\'", "'")
 
 
+def test_something_stands_behind_the_label():
+    lm, ends = make_tiny_lm("llama"), Question("Is {word} one of these?", answer="{label}", yes="y", no="n")
+    with pytest.raises(ValueError, match="something has to stand behind it"): direct(lm, tokenize(CASES["words"][0], lm), ends)
+
+
 @pytest.mark.parametrize("yes, no", [("Yes", "Yes"), ("tall", "tale"), ("", "No")])
 def test_answers_that_begin_alike_or_are_empty_are_refused(yes, no):
     lm = make_tiny_lm("llama")

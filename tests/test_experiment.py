@@ -466,6 +466,10 @@ def test_what_cannot_work_is_refused_before_anything_runs(tiny, tmp_path):
         with pytest.raises(ValueError, match="is less than 1"): label_all(some_jobs(1), tiny, runs=tmp_path, **wrong)
     with pytest.raises(TypeError, match="cannot hash"): label_all(some_jobs(1, prompts={1}), tiny, runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for call in (lambda: label_all(some_jobs(1), tiny, runs=tmp_path / "file" / "runs"),
+                 lambda: cached_label(some_jobs(1)[0].feature, tiny, runs=tmp_path / "file" / "runs")):
+        with pytest.raises(ValueError, match="file is a file; give a folder"): call()
 
 
 def test_layouts_fill_the_processors_and_no_more():

@@ -330,13 +330,29 @@ def test_a_word_fires_if_one_of_the_networks_tokens_on_it_does(tiny_lm, texts, d
 
 @pytest.mark.parametrize("offsets, values, threshold, message", [
     ([[(0, 1), (2, 5)]], [[0.0]], 1.0, "text 0 .'a saw'.: 2 tokens, and 1 activations"),
-    ([[(0, 1), (2, 5)]], [[0.0, float("nan")]], 1.0, "text 0 .*activation nan is not finite"),
+    ([[(0, 1), (2, 5)]], [[0.0, float("nan")]], 1.0, "text 0 .*activation nan is not a finite number"),
     ([[(0, 1), (2, 5)]], [[0.0, 3.0]], 0.0, "threshold 0.0 is not a positive number"),
     ([[(0, 1), (2, 5)]], [], 1.0, "1 texts, offsets for 1 and activations for 0"),
     ([[(0, 1), (2, 5)]], [[0.0, 0.9]], 1.0, "nothing active"),
+    ([[(0, 1), (2, 6)]], [[0.0, 3.0]], 1.0, "from 2 to 6, in 5 characters; offsets count characters, not bytes"),
+    ([[(0, 1), (-3, 5)]], [[0.0, 3.0]], 1.0, "from -3 to 5"), ([[(0, 1), (5, 2)]], [[0.0, 3.0]], 1.0, "from 5 to 2"),
+    ([[(0, 1), (2, 5)]], [["0", "1"]], 1.0, "activation '0' is not a finite number"),
 ])
 def test_wrong_activations_of_a_network_are_refused(offsets, values, threshold, message):
     with pytest.raises(ValueError, match=message): Feature.from_tokens("f", ["a saw"], offsets, values, threshold)
+
+
+@pytest.mark.parametrize("name", [None, "", ("t",), "a\ud800"])
+def test_a_name_is_a_text(name):
+    with pytest.raises(ValueError, match="the feature's name"): Feature.from_words(name, ["saw"], ["sofa"])
+
+
+def test_a_control_token_in_the_data_is_named(lm):
+    [control, *_] = sorted(lm.control)
+    word = lm.token(control)
+    with pytest.raises(ValueError, match="has the control token"): tokenize(Feature.from_words("f", [word], ["sofa"]), lm)
+    with pytest.raises(ValueError, match="has the control token"):
+        tokenize(Feature.from_texts("f", [f"a saw {word} here", "no"], [[(2, 5, 1.0)], []]), lm)
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,42 @@ def test_what_shares_nothing_is_labeled_one_by_one(stored, options):
     assert labels(dict(label_features(features, stored, **HOW | options))) == dict(enumerate(alone))
 
 
+@pytest.mark.parametrize("wrong", [dict(engine="cluster"), dict(workers=0), dict(engine="processes")])
+def test_a_call_that_cannot_work_leaves_no_file(lm, tmp_path, wrong):
+    source, out = write(tmp_path / "in.jsonl", some_features(2)), tmp_path / "out.jsonl"
+    with pytest.raises(ValueError): label_file(source, out, lm, **HOW | wrong)
+    with pytest.raises(FileNotFoundError): label_file(tmp_path / "nope.jsonl", out, lm, **HOW)
+    with pytest.raises(ValueError, match="is a folder"): label_file(source, tmp_path, lm, **HOW)
+    assert not out.exists() and label_file(source, out, lm, **HOW) == 2
+
+
+def test_a_file_without_results_takes_other_settings(lm, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("")
+    assert label_file(source, out, lm, **HOW) == 0
+    write(source, some_features(1))
+    assert label_file(source, out, lm, **HOW | dict(steps=4)) == 1
+    assert json.loads(out.read_text().splitlines()[0])["settings"]["steps"] == 4
+
+
+@pytest.mark.parametrize("row, message", [
+    (dict(words="abcdefgh", activations=[1, 1, 1, 1, 0, 0, 0, 0]), "words is 'abcdefgh'; give a list"),
+    (dict(words=["a"], activations=None), "activations is None; give a list"), (dict(), "texts is None; give a list")])
+def test_a_row_without_lists_is_an_error_of_its_own(tmp_path, row, message):
+    source = tmp_path / "in.JSONL"
+    source.write_text(json.dumps(dict(name="x") | row) + "\n")
+    [(_, error)] = read_features(source)
+    assert message in str(error)
+
+
+def test_a_row_of_texts_may_have_empty_words(tmp_path):
+    source = tmp_path / "in.parquet"
+    rows = [dict(name="t", words=[], activations=[], texts=["a saw is here", "no"], spans=[[[2, 5, 1.0]], []])]
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    [(_, feature)] = read_features(source)
+    assert feature.mode == "texts"
+
+
 def test_workers_ask_directly_too(stored):
     here, there = (labels(dict(label_features(some_features(2), stored, engine=engine, **HOW | ASKED)))
                    for engine in ("here", "processes"))

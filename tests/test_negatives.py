@@ -48,6 +48,11 @@ def test_what_cannot_be_hardened_is_refused():
     with pytest.raises(ValueError, match="and the pool 1 new ones"): harden(WORDS, " a", ["car", "sheep"], lm)
     texts = Feature.from_texts("cats", ["the cat sat.", "no book."], [[(4, 7, 1.0)], []])
     with pytest.raises(ValueError, match="has texts"): harden(texts, " a", POOL, lm)
+    with pytest.raises(ValueError, match="the pool 1 new ones"): harden(WORDS, " a", ["Xx", "xX", "xx"], lm, count=2)
+    for pool, message in ("abc", "is the string 'abc'"), ([], "is empty"):
+        with pytest.raises(ValueError, match=message): harden(WORDS, " a", pool, lm)
+        with pytest.raises(ValueError, match=message): reach(" a", pool, lm)
+    with pytest.raises(ValueError, match="the label is ''"): reach("", POOL, lm)
 
 
 def test_words_of_a_pool_are_taken_without_white_space():

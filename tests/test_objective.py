@@ -377,7 +377,7 @@ def test_accuracy_of_the_classes_is_counted_on_either_side_of_zero():
 
 
 @pytest.mark.parametrize("name", ["accuracy", "entropy", "kl", "end"])
-@pytest.mark.parametrize("value", [-0.1, math.nan])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, 1e300])
 def test_a_negative_weight_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}="): LossWeights(**{name: value})
 

@@ -703,6 +703,8 @@ def test_an_error_in_a_step_is_passed_on(monkeypatch):
     ("temperature", (1.0, 0.5, 0.1)), ("temperature", (0.0, 0.1)), ("temperature", (1.0, -0.1)),
     ("temperature", (math.nan, 0.1)), ("temperature", (1.0, math.nan)), ("heldout", 1.0), ("heldout", -0.1), ("seed", -1), ("seed", 2**64),
     ("heldout", 1.5), ("heldout", math.nan), ("ramp", (1.0,)), ("init", (0.3, 0.3, 1.0)), ("prompts", []), ("prompts", "Examples of {label}:"),
+    ("lr", 1e39), ("weight_decay", math.inf), ("weight_decay", -0.1), ("ramp", (0, -1)), ("init", (1e300, 1e300)),
+    ("temperature", (1e308, 1.0)), ("temperature", (1.0, 1e-40)), ("weights", dict(kl=0.1)),
 ])
 def test_settings_that_cannot_work_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name): run(**{name: value})
@@ -730,6 +732,26 @@ def test_an_unknown_discriminator_is_refused_with_those_there_are():
 
 def test_a_bad_prompt_is_refused():
     with pytest.raises(ValueError, match="0 label slots"): run(prompts=["Examples:"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_too_long_for_the_model_is_named(family):
+    with pytest.raises(ValueError, match="prompt 'ab cd .* takes 256 tokens"): run(family=family, prompts=["ab cd " * 100 + "{label}:"])
+
+
+def test_the_soft_kl_of_questions_does_not_depend_on_batches(monkeypatch):
+    options = dict(discriminator="direct", prompts=Question("Is {word} {label}?", yes="1", no="0"), label_tokens=2, steps=3)
+    soft = run(**options).soft
+    for units in 3, 7:
+        monkeypatch.setattr("tokenlabel.direct.UNITS", units)
+        assert run(**options).soft == pytest.approx(soft, abs=1e-3)
+
+
+def test_a_result_of_a_question_with_shots_is_the_same_after_loading(tmp_path):
+    question = Question("Is {word} {label}?", yes="1", no="0", shots=[["Is red blue?", "no"]])
+    made = run(discriminator="direct", prompts=question, steps=3)
+    settings = LabelResult.load(made.save(tmp_path / "result")).settings
+    assert settings == made.settings and Question(**settings["prompts"]) == question
 
 
 def test_the_result_says_how_it_was_made():
@@ -1021,6 +1043,8 @@ def test_a_length_is_refused_like_any_other_search():
     lm = make_tiny_lm("llama")
     with pytest.raises(ValueError, match="steps"): module.label_length(WORDS, lm, steps=0)
     with pytest.raises(ValueError, match="longest=0"): module.label_length(WORDS, lm, longest=0)
+    with pytest.raises(ValueError, match="margin=nan"): module.label_length(WORDS, lm, margin=math.nan)
+    with pytest.raises(ValueError, match="longest='3'"): module.label_length(WORDS, lm, longest="3")
 
 
 def test_a_token_is_added_only_if_it_pays_on_held_out_words():

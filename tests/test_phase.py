@@ -76,6 +76,9 @@ def test_the_best_restart_counts(judge, monkeypatch):
 def test_a_right_label_without_a_token_is_refused(judge):
     with pytest.raises(ValueError, match="is a single token"): sweep(judge, ["no such token at all"])
     with pytest.raises(ValueError, match="give a list of words"): sweep(judge, "animal")
+    word = judge.lm.token(70)
+    for none in dict(entropies=[]), dict(kls=[]), dict(restarts=0), dict(steps=0):
+        with pytest.raises(ValueError, match=f"{[*none][0]}: there are 0"): sweep(judge, [word], **none)
 
 
 def test_maps_are_read_as_they_were_written(tmp_path):

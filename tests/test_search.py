@@ -153,7 +153,8 @@ def test_a_shortlist_of_words_and_one_of_the_most_expected():
 @pytest.mark.parametrize("options, words", [
     ({"labels": ["no token"]}, "'no token' is not a single token"), ({"labels": [10**6]}, "not a single token"),
     ({"labels": [0]}, "not a single token"), ({"labels": "cat"}, "list of words"), ({"labels": []}, "empty"),
-    ({"labels": 0}, "not positive"), ({"top": 0}, "not positive"), ({"discriminator": "none"}, "no discriminator")])
+    ({"labels": 0}, "not positive"), ({"top": 0}, "not positive"), ({"discriminator": "none"}, "no discriminator"),
+    ({"weights": {"kl": 0}}, "is not a `LossWeights`")])
 def test_bad_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words): ask(WORDS, **options)
 

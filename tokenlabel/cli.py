@@ -66,6 +66,8 @@ def _reproduce(options) -> int:
     for setting in options.set:
         name, equals, value = setting.partition("=")
         if not equals: raise ValueError(f"--set needs NAME=VALUE, not {setting!r}")
+        if name in ("seeds", "quick", "preset", "discriminator", "lm"):
+            raise ValueError(f"--set {name} has an option of its own: --{name}")
         parameters[name] = _value(value)
     if options.seeds is not None:
         if options.seeds < 1: raise ValueError(f"--seeds {options.seeds} is less than 1")

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from .feature import TokenizedFeature
+from .feature import TokenizedFeature, excerpt
 from .lm import LM
 from .softlabel import EXCLUDED
 
@@ -80,7 +80,9 @@ def read_prompt(
 @torch.no_grad()
 def _read_anew(text: str, lm: LM) -> Prompt:
     before, after = split_at_slot(text)
-    ids = lm.encode_start(before.rstrip(" "))
+    ids, limit = lm.encode_start(before.rstrip(" ")), longest_input(lm) or math.inf
+    if len(ids) + 1 + len(lm.encode(after)) >= limit:
+        raise ValueError(f"prompt {excerpt(text)} leaves no room for words: {lm.name} takes {limit} tokens; shorten it")
     cache = DynamicCache()
     hidden = lm.model.base_model(input_ids=torch.tensor([ids], device=lm.device), past_key_values=cache,
                                  use_cache=True).last_hidden_state

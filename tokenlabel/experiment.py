@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORKING_MEMORY', 'list_experiments', 'find_experiment', 'check_parameters', 'ExperimentError', 'notebook_errors',
-           'run_experiment', 'content_hash', 'code_version', 'cache_entry', 'read_entry', 'write_entry',
-           'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'Call', 'run_calls', 'time_steps',
-           'available_cpus', 'available_memory', 'processes_in_memory', 'Layout', 'possible_layouts', 'measure_layouts',
-           'fastest_layout', 'Display', 'label_many', 'label_all', 'run_alone', 'run_experiments']
+           'check_writable', 'run_experiment', 'content_hash', 'code_version', 'cache_entry', 'read_entry',
+           'write_entry', 'cached_result', 'cached_label', 'Job', 'work', 'Worker', 'start_workers', 'Call',
+           'run_calls', 'time_steps', 'available_cpus', 'available_memory', 'processes_in_memory', 'Layout',
+           'possible_layouts', 'measure_layouts', 'fastest_layout', 'Display', 'label_many', 'label_all', 'run_alone',
+           'run_experiments']
 
 # %% ../nbs/11_experiment.ipynb #c5f7b7c4
 import ast
@@ -148,6 +149,12 @@ def _kernel_manager() -> type:
     return ThisPython
 
 # %% ../nbs/11_experiment.ipynb #7d913bb9
+def check_writable(folder: Path) -> None:
+    "Raise ValueError if nothing can be written there: what would be the folder, or one above it, is a file or protected."
+    above = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    if not above.is_dir(): raise ValueError(f"{above} is a file; give a folder")
+    if not os.access(above, os.W_OK | os.X_OK): raise ValueError(f"{above} cannot be written to; give another folder")
+
 def run_experiment(
     name_or_path: str | Path,        # one of `list_experiments()`, or a notebook
     parameters: dict[str, Any],      # values for the cell tagged `parameters`, all but `figures` and `runs`
@@ -169,8 +176,7 @@ def run_experiment(
     check_parameters(notebook, parameters | {"figures": ""})
     if own := {"figures", "runs"} & set(parameters):
         raise ValueError(f"the driver sets {' and '.join(sorted(own))}: use the arguments of these names")
-    for folder in figures, runs:
-        if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a folder")
+    for folder in figures, runs: check_writable(folder)
     runs.mkdir(parents=True, exist_ok=True)
     now = datetime.now()   # to the millisecond: two runs of a notebook may be started side by side
     name = f"{notebook.stem}-{now:%Y-%m-%d-%H%M%S}-{now.microsecond // 1000:03}"
@@ -271,6 +277,7 @@ def cached_result(
     entry = cache_entry(key, runs)
     kept = read_entry(entry, load)
     if kept is not None: return kept
+    check_writable(entry)
     result = compute()
     if getattr(result, "interrupted", False): return result
     write_entry(entry, result)
@@ -623,6 +630,7 @@ def label_all(
     found = {entry: read_entry(entry, LabelResult.load) for entry in entries}
     todo = list({entry: number for number, entry in enumerate(entries) if found[entry] is None}.items())
     if todo:
+        check_writable(runs)
         processes, threads, why = _choose(lm, len(todo), runs, processes, threads)
         processes = min(processes, len(todo))
         if progress: print(f"{len(todo)} of {len(jobs)} runs to do, at the same time: {processes}, threads of each: "

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ACTIVE', 'UNSPACED', 'LETTER', 'MARKED', 'PIECE', 'APOSTROPHES', 'KEYS', 'SHOWN', 'CROP', 'Span', 'check_activation',
            'excerpt', 'located', 'check_text', 'check_spans', 'merge_words', 'Feature', 'pieces', 'is_word', 'overlaps',
-           'occurrences', 'word_types', 'active_items', 'draw_types', 'is_inside_word', 'word_spans', 'parse_line',
-           'read_jsonl', 'write_jsonl', 'shown', 'header', 'mark', 'feature_text', 'feature_html', 'TokenizedFeature',
-           'token_ranges', 'fill_gaps', 'nearest_span', 'token_activation', 'token_type', 'continues_unit', 'tokenize']
+           'occurrences', 'word_types', 'active_items', 'draw_types', 'is_inside_word', 'check_raw', 'word_spans',
+           'parse_line', 'read_jsonl', 'write_jsonl', 'write_whole', 'shown', 'header', 'mark', 'feature_text',
+           'feature_html', 'TokenizedFeature', 'token_ranges', 'fill_gaps', 'nearest_span', 'token_activation',
+           'token_type', 'continues_unit', 'tokenize']
 
 # %% ../nbs/01_feature.ipynb #5ed1b081
 import json, math, operator, os, re, textwrap, unicodedata
@@ -118,6 +119,7 @@ class Feature:
 
     def __post_init__(self):
         if self.mode not in ("words", "texts"): raise ValueError(f"mode {self.mode!r} is not 'words' or 'texts'")
+        with located("the feature's name"): check_text(self.name)
         texts, spans = tuple(self.texts), tuple(self.spans)
         if len(texts) != len(spans): raise ValueError(f"{len(texts)} texts, but spans for {len(spans)}")
         checked = []
@@ -288,16 +290,25 @@ def is_inside_word(text: str, place: int) -> bool:
                for i in (place - 1, place) if i > 0)
 
 
+def check_raw(value) -> float:
+    "A raw activation as a float; raises ValueError unless it is a finite number."
+    if not isinstance(value, Real): value = getattr(value, "item", lambda: value)()  # of a tensor
+    if not (isinstance(value, Real) and math.isfinite(value)): raise ValueError(f"activation {value!r} is not a finite number")
+    return float(value)
+
+
 def word_spans(
     text: str,
     offsets: Sequence[tuple[int, int]],  # characters (start, end) of each token, with or without white space
     activations: Sequence[float],        # raw, on each token
     threshold: float,                    # what becomes 0.5
 ) -> list[Span]:
-    "Where in a text a network's feature is above 0; raises ValueError unless each token has a finite activation."
+    "Where in a text a network's feature is above 0; raises ValueError unless each token has a place and an activation."
     if len(offsets) != len(activations): raise ValueError(f"{len(offsets)} tokens, and {len(activations)} activations")
-    values = [float(x) for x in activations]
-    if wrong := [x for x in values if not math.isfinite(x)]: raise ValueError(f"activation {wrong[0]} is not finite")
+    values = [check_raw(x) for x in activations]
+    for start, end in offsets:
+        if not 0 <= start <= end <= len(text):
+            raise ValueError(f"a token from {start} to {end}, in {len(text)} characters; offsets count characters, not bytes")
     found = []
     for start, end, _ in pieces(text):
         value = max((x for (a, b), x in zip(offsets, values) if a < end and start < b), default=0.0)
@@ -349,10 +360,14 @@ def write_jsonl(feature: Feature, path: Path) -> Path:
     if feature.mode == "words":
         records = [{"word": w, "activation": s[0].activation} for w, s in zip(feature.texts, feature.spans)]
     else: records = [{"text": t, "spans": s} for t, s in zip(feature.texts, feature.spans)]
+    return write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    "Write a text file, all of it or nothing."
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-                             encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
     return path
@@ -537,6 +552,10 @@ def tokenize(
             if not same: units.append((activation, token_type(*here, found), []))
             units[-1][2].append(ids[k])
             token_unit[-1].append(len(units) - 1)
+    for i, (text, ids) in enumerate(zip(feature.texts, sequences)):
+        if wrong := lm.control.intersection(ids):
+            raise ValueError(f"{feature.mode[:-1]} {i} ({excerpt(text)}) has the control token {lm.token(min(wrong))!r} of "
+                             f"{lm.name}; take it out")
     activation, types, strings = zip(*units)
     strings = tuple(part if isinstance(part, str) else lm.show(part) for part in strings)
     return TokenizedFeature(

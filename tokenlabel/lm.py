@@ -377,6 +377,12 @@ class LM:
         return _admissible(self.tokenizer, len(self.embedding)).to(self.device)
 
     @cached_property
+    def control(self) -> frozenset[int]:
+        "Ids of control tokens, and of others that the model has no embedding for: no text should have them."
+        added = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special or id >= len(self.embedding)}
+        return frozenset(added - {self.tokenizer.unk_token_id})
+
+    @cached_property
     def label_count(self) -> int:
         "How many tokens may be a label."
         return int(self.admissible.sum())

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -38,7 +37,7 @@ from .feature import Feature, TokenizedFeature, check_text, excerpt, located, me
 from .lm import LM
 from .softlabel import embed_softlabel
 from .descent import Search, StepInput, has_collapsed, praised
-from .direct import Question, check_question
+from .direct import Question, check_question, plain_question
 from .optimize import (LabelResult, _check_settings, _run, check_classes, conclude, label_feature, new_search,
                                  weights_for)
 
@@ -304,7 +303,7 @@ def settings_of(lm: LM, options: dict) -> dict:
     _check_settings(settings)
     if length == "auto": settings["label_tokens"] = length
     (check_question if kind == "direct" else check_prompts)(settings["prompts"])
-    if isinstance(settings["prompts"], Question): settings["prompts"] = asdict(settings["prompts"])
+    if isinstance(settings["prompts"], Question): settings["prompts"] = plain_question(settings["prompts"])
     return settings
 
 # %% ../nbs/06c_many.ipynb #3562ff57
@@ -497,7 +496,7 @@ def _job(one: Feature | Job, options: dict) -> Job:
 # %% ../nbs/06c_many.ipynb #a5aba3ce
 def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; the error of one that has none
     "Features from JSON lines or Parquet, one by one; raises ValueError for a row that is none or that has no name."
-    parquet = path.suffix == ".parquet"
+    parquet = path.suffix.lower() == ".parquet"
     rows = _parquet_rows(path) if parquet else filter(bytes.strip, path.open("rb"))
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
@@ -525,11 +524,13 @@ def _span(given: dict | list | None) -> list | None:
 
 
 def _feature(row: dict) -> Feature:
-    if row.get("words") is not None:
-        if len(row["words"]) != len(row["activations"]): raise ValueError("words and activations differ in number")
-        pairs = zip(row["words"], row["activations"])
-        return Feature.from_words(row["name"], merge_words((f"word {i}", *pair) for i, pair in enumerate(pairs)))
-    return Feature.from_texts(row["name"], row["texts"], row["spans"])
+    first, second = ("words", "activations") if row.get("words") else ("texts", "spans")
+    for name in first, second:
+        if not isinstance(row.get(name), list): raise ValueError(f"{name} is {excerpt(row.get(name))}; give a list")
+    if first == "texts": return Feature.from_texts(row["name"], row["texts"], row["spans"])
+    if len(row["words"]) != len(row["activations"]): raise ValueError("words and activations differ in number")
+    pairs = zip(row["words"], row["activations"])
+    return Feature.from_words(row["name"], merge_words((f"word {i}", *pair) for i, pair in enumerate(pairs)))
 
 # %% ../nbs/06c_many.ipynb #5659aeab
 def result_row(name: str, result: LabelResult | Exception) -> dict:
@@ -575,11 +576,13 @@ def label_file(
     results of other settings or something else, and for a name that is missing or there twice; filelock.Timeout if
     another process is writing there."""
     source, out = Path(source), Path(out)
+    if not source.is_file(): raise FileNotFoundError(f"there is no file {source}")
+    if out.is_dir(): raise ValueError(f"{out} is a folder; give a file")
     own = {name: options[name] for name in options if name not in ("engine", "workers", "threads", "together")}
     made = json.loads(json.dumps(dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings_of(lm, own))))
     with FileLock(f"{out}.lock", timeout=0):
         head, rows = read_results(out)
-        if head not in (None, made): raise ValueError(f"{out} has results of other settings; give a new file")
+        if rows and head != made: raise ValueError(f"{out} has results of other settings; give a new file")
         if head: cut_off(out)
         done, seen, names, refused, count = {row["name"] for row in rows}, set(), {}, [], 0
 
@@ -594,13 +597,14 @@ def label_file(
                     yield feature
 
         def results() -> Iterator[tuple[str, LabelResult | Exception]]:
-            for number, result in label_features(missing(), lm, **options):
+            for number, result in found:
                 yield names[number], result
                 while refused: yield refused.pop(0)
             yield from refused
 
-        with out.open("a", encoding="utf-8", buffering=1) as stream:
-            if head is None: stream.write(json.dumps(made) + "\n")
+        found = label_features(missing(), lm, **options)  # wrong arguments show here, before anything is written
+        with out.open("a" if rows else "w", encoding="utf-8", buffering=1) as stream:
+            if not rows: stream.write(json.dumps(made) + "\n")
             for name, result in results():
                 stream.write(json.dumps(result_row(name, result), ensure_ascii=False) + "\n")
                 count += 1

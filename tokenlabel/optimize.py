@@ -24,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -35,11 +37,12 @@ from tqdm.auto import tqdm
 
 from .captured import stepping
 from .descent import Label, Search, has_collapsed, praised, replaced, spelled
-from .direct import Direct, DirectBatch, Question, direct
-from .discriminator import Batch, Channel, channel, longest_input, label_log_prior
+from .direct import Direct, DirectBatch, Question, direct, plain_question
+from .discriminator import Batch, Channel, channel, label_log_prior, longest_input
+from .experiment import check_writable
 from .feature import ACTIVE, Feature, TokenizedFeature, tokenize
 from .lm import LM
-from .objective import LossWeights, balanced_bce, calibrate, objective
+from .objective import LARGEST, LossWeights, balanced_bce, calibrate, objective
 from .plot import plot_result
 from .score import auroc, heldout_table
 from .softlabel import embed_softlabel
@@ -219,9 +222,11 @@ WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # see "Lab
 
 
 def weights_for(discriminator: str, weights: LossWeights | None = None) -> LossWeights:
-    "The weights that are given, or those of `WEIGHTS`; raises ValueError for an unknown discriminator."
-    if discriminator in WEIGHTS: return weights or WEIGHTS[discriminator]
-    raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(WEIGHTS)}")
+    "The weights that are given, or those of `WEIGHTS`; raises ValueError for others, or an unknown discriminator."
+    if discriminator not in WEIGHTS:
+        raise ValueError(f"there is no discriminator {discriminator!r}; there is {', '.join(WEIGHTS)}")
+    if isinstance(weights, LossWeights | None): return weights or WEIGHTS[discriminator]
+    raise ValueError(f"weights={weights!r} is not a `LossWeights`, such as LossWeights(kl=0.1)")
 
 
 def rank_labels(
@@ -465,10 +470,8 @@ TABLES = ("ranking", "heldout", "trace")
 def check_folder(folder: Path) -> None:
     "Raise ValueError if a result cannot be saved there: it holds something else, or cannot be written or replaced."
     files = {*(f"{name}.parquet" for name in TABLES), "feature.jsonl", "result.json"}
-    above = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
-    if not above.is_dir(): raise ValueError(f"{above} is a file; give a new or empty folder")
-    for place in {above, folder.resolve().parent if folder.exists() else above}:  # it is made beside, and then moved
-        if not os.access(place, os.W_OK | os.X_OK): raise ValueError(f"{place} cannot be written to; give another folder")
+    check_writable(folder)
+    if folder.exists(): check_writable(folder.resolve().parent)  # it is made beside, and then moved
     if os.path.ismount(folder) or folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} cannot be replaced as a whole; give a new folder in it")
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -612,11 +615,16 @@ def _check_settings(settings: dict) -> None:
     if not 0 <= settings["heldout"] < 1: raise ValueError(f"heldout={settings['heldout']} is not in [0, 1)")
     if settings["batch_size"] is not None and settings["batch_size"] < 2:
         raise ValueError(f"batch_size={settings['batch_size']} is less than 2: a step needs both classes")
+    if not 0 <= settings["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay={settings['weight_decay']} is not finite, or negative")
     for name in PAIRS:
         if len(settings[name]) != 2 or not all(map(math.isfinite, settings[name])):
             raise ValueError(f"{name}={settings[name]} is not a pair of finite numbers")
-    if not min(settings["temperature"]) > 0:
-        raise ValueError(f"temperature={settings['temperature']} is not a pair of positive numbers (first, last)")
+    if min(settings["ramp"]) < 0: raise ValueError(f"ramp={settings['ramp']} has a negative share")
+    if not min(settings["temperature"]) >= 1 / LARGEST:
+        raise ValueError(f"temperature={settings['temperature']} is not a pair of numbers (first, last) from {1 / LARGEST} on")
+    for name in (*REAL, *PAIRS):
+        if max(np.abs(settings[name]).flat) > LARGEST: raise ValueError(f"{name}={settings[name]} is too large")
 
 
 def check_classes(tokens: TokenizedFeature) -> None:
@@ -639,7 +647,7 @@ def new_search(
     weights: LossWeights,
 ) -> Search:
     "A search with given settings."
-    settings["prompts"] = asdict(judge.question) if isinstance(judge, Direct) else [p.text for p in judge.prompts]
+    settings["prompts"] = plain_question(judge.question) if isinstance(judge, Direct) else [p.text for p in judge.prompts]
     settings["dtype"] = str(judge.lm.dtype).removeprefix("torch.")
     settings["threads"] = torch.get_num_threads()  # sums are rounded differently with another number of threads
     return Search(judge, weights=weights, **{name: settings[name] for name in SEARCH})
@@ -711,7 +719,8 @@ def _score_soft(search: Search, rows: Sequence[dict]) -> tuple[dict, Tensor]:
     fit = ~judge.tokens.heldout
     label = embed_softlabel(log_p, judge.lm)
     parts = [judge.read(label, batch) for batch in judge.batches()]
-    z, log_prior = torch.cat([z for z, _ in parts], 1), torch.stack([log_prior for _, log_prior in parts]).mean(0)
+    z = torch.cat([z for z, _ in parts], 1)
+    log_prior = sum(part.shape[1] / z.shape[1] * prior for part, prior in parts)  # a mean over the batch each
     losses = objective(z[:, fit], judge.tokens.activation[fit].to(z.device), log_p, log_prior,
                        replace(weights, entropy=last["entropy_weight"]), scale=judge.scaled)
     return dict(restart=last["restart"]) | {name: float(value) for name, value in zip(
@@ -739,10 +748,12 @@ def label_length(
     **options,  # of `label_feature`
 ) -> tuple[LabelResult, pd.DataFrame]:  # the result; label, loss, accuracy_loss, accuracy_heldout of each length tried
     "Label a feature with as many tokens as gain on held-out words; raises ValueError if nothing is held out."
+    for name, value in ("longest", longest), ("margin", margin):
+        if not (isinstance(value, Real) and math.isfinite(value)): raise ValueError(f"{name}={value!r} is not a finite number")
     if longest < 1: raise ValueError(f"longest={longest} is less than 1")
     if options.get("heldout", 0.3) == 0: raise ValueError("heldout=0 leaves nothing to choose the number of tokens by")
     best, tried, start = None, [], time.perf_counter()
-    for label_tokens in range(1, longest + 1):
+    for label_tokens in range(1, int(longest) + 1):
         try: result = label_feature(feature, lm, label_tokens=label_tokens, **options)
         except KeyboardInterrupt:
             if best is None: raise

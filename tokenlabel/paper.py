@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'PRESETS', 'QUICK', 'CAUSES', 'Preset', 'preset_options', 'judging', 'check_preset', 'preset_lm', 'is_among',
            'overview', 'cause', 'question_or_prompts', 'judge_claim', 'Verdict', 'verdict', 'save_verdicts',
-           'load_verdicts', 'sum_up', 'verdict_line', 'count_labels', 'verdict_table']
+           'write_rows', 'load_verdicts', 'sum_up', 'verdict_line', 'count_labels', 'verdict_table']
 
 # %% ../nbs/11b_paper.ipynb #0bf984db
 import json
@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 
 from .direct import PAPER_QUESTIONS, Question
 from .evaluator import EvaluatorCheck, right_labels
-from .feature import Feature, tokenize
+from .feature import Feature, tokenize, write_whole
 from .lm import LM
 from .objective import LossWeights
 from .optimize import DISCRIMINATORS, WEIGHTS, LabelResult, rank_labels
@@ -226,10 +226,11 @@ def _reason(causes: Sequence[tuple[str, str]]) -> str:
 # %% ../nbs/11b_paper.ipynb #d41013dd
 def save_verdicts(verdicts: Sequence[Verdict], figures: Path) -> Path:
     "Write the verdicts of one experiment, as `figures/EXPERIMENT.json`."
-    path = Path(figures) / f"{verdicts[0].experiment}.json"
-    path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], ensure_ascii=False, indent=1) + "\n",
-                    encoding="utf-8")
-    return path
+    rows = [asdict(verdict) for verdict in verdicts]
+    return write_rows(Path(figures) / f"{verdicts[0].experiment}.json", rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path: return write_whole(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 
 
 def load_verdicts(figures: Path) -> list[Verdict]:
@@ -243,8 +244,7 @@ def sum_up(figures: Path) -> list[Verdict]:
     verdicts = load_verdicts(figures)
     if not verdicts: return []
     rows = [asdict(verdict) for verdict in verdicts]
-    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    (Path(figures) / "verdicts.json").write_text(text, encoding="utf-8")
+    write_rows(Path(figures) / "verdicts.json", rows)
     save_figure(plot_summary(rows), Path(figures) / "summary")
     return verdicts
 

@@ -24,6 +24,7 @@ import tokenlabel
 from .direct import Direct
 from .discriminator import Channel
 from .evaluator import spellings
+from .feature import write_whole
 from .objective import balanced_bce, calibrate, kl_divergence
 from .descent import initial_v, schedule
 from .plot import BLACK, BLUE, ORANGE, PURPLE, WIDTH, drawable, style
@@ -83,7 +84,9 @@ def sweep(
     steps: int = 50,
     seed: int = 0,
 ) -> pd.DataFrame:  # one row for each place: entropy, kl, phase, token (the most probable one), probability
-    "Where a descent ends, for each pair of weights; raises ValueError if no right label is a single token."
+    "Where a descent ends, for each pair of weights; raises ValueError for sizes below 1, or no right label of one token."
+    for name, count in ("entropies", len(entropies)), ("kls", len(kls)), ("restarts", restarts), ("steps", steps):
+        if count < 1: raise ValueError(f"{name}: there are {count}, and one is the least")
     if isinstance(right, str): raise ValueError(f"right is {right!r}; give a list of words")
     ids = [id for word in right for id in spellings(word, judge.lm)]
     if not ids: raise ValueError(f"none of {', '.join(right)} is a single token of {judge.lm.name}")
@@ -116,8 +119,7 @@ def save_maps(
              for row in table.to_dict("records")) + "\n  ]" for name, table in maps.items()]
     file = file or maps_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'{{"lm": {json.dumps(lm)}, "maps": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
-    return file
+    return write_whole(file, f'{{"lm": {json.dumps(lm)}, "maps": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def load_maps(

@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from .direct import Direct, DirectBatch, Question
-from .discriminator import Batch, Channel, Prompt, in_chunks, make_batch, pack
+from .direct import Direct, DirectBatch, Question, plain_question
+from .discriminator import Batch, Channel, Prompt, in_chunks, longest_input, make_batch, pack
 from .experiment import cache_entry, cached_result, content_hash, read_entry, write_entry
 from .feature import ACTIVE, Feature, tokenize
 from .lm import LM
@@ -45,7 +45,7 @@ from .objective import LossWeights, balanced_bce, best_bias, calibrate, class_we
 from .objective import kl_divergence
 from .descent import Search, draw_items, has_collapsed, initial_v
 from .optimize import (DISCRIMINATORS, SHOWN, WEIGHTS, LabelResult, around, fit_logits, guessed, hard_end,
-                                 hard_loss, most_expected, rank_labels, replacing, shortlist)
+                                 hard_loss, most_expected, rank_labels, replacing, shortlist, weights_for)
 from .plot import BLACK, BLUE, GRAY, GREEN, HEIGHT, NAME_WIDTH, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 from .plot import name_ends, style
 from .softlabel import embed_softlabel, log_softlabel
@@ -294,7 +294,7 @@ def label_ids(
         if labels < 1: raise ValueError(f"labels={labels} is not positive")
         return order[:labels]
     if isinstance(labels, str): raise ValueError(f"labels is {labels!r}; give a list of words")
-    ids = [lm.encode(label) if isinstance(label, str) else [int(label)] for label in labels]
+    ids = [lm.encode(label) if isinstance(label, str) else [operator.index(label)] for label in labels]
     for label, found in zip(labels, ids):
         if len(found) != 1 or not 0 <= found[0] < len(lm.admissible) or not lm.admissible[found[0]]:
             raise ValueError(f"{label!r} is not a single token that may be a label of {lm.name}")
@@ -320,7 +320,7 @@ def oracle(
     if top is not None and top < 1: raise ValueError(f"top={top} is not positive")
     if isinstance(labels, Integral): labels = int(labels)
     elif labels is not None and not isinstance(labels, str):
-        labels = [label if isinstance(label, str) else int(label) for label in labels]
+        labels = [label if isinstance(label, str) else operator.index(label) for label in labels]
     weights, heldout, seed = weights_for(discriminator, weights), float(heldout), operator.index(seed)
     settings = dict(lm=lm.name, discriminator=discriminator, weights=asdict(weights), heldout=heldout, seed=seed)
     key = settings | dict(what="oracle", lm=lm, feature=feature, prompts=prompts, labels=labels, top=top)
@@ -330,7 +330,7 @@ def oracle(
     with count_positions(lm) as meter:
         types = feature.heldout_types(heldout, seed) if heldout else frozenset()
         judge = DISCRIMINATORS[discriminator](lm, tokenize(feature, lm, types), prompts)
-        settings["prompts"] = asdict(judge.question) if discriminator == "direct" else [p.text for p in judge.prompts]
+        settings["prompts"] = plain_question(judge.question) if discriminator == "direct" else [p.text for p in judge.prompts]
         settings["dtype"] = str(lm.dtype).removeprefix("torch.")
         ids, file = label_ids(labels, judge), None if entry is None else entry.with_name(f"{entry.name}-progress.npz")
         state = _go_on(judge, weights, ids, top, file, meter, progress)
@@ -663,12 +663,14 @@ def explainer(task: Task, lm: LM | None = None, shown: int = 20) -> Iterator[Non
     active = (~tokens.heldout & (tokens.activation >= ACTIVE)).nonzero()[:, 0]
     drawn = active[torch.randperm(len(active), generator=task.generator)[:shown]]
     words = [(tokens.strings[unit] if tokens.feature.mode == "words" else tokens.types[unit]).strip() for unit in drawn]
-    text = f"All of these are examples of one category: {', '.join(words)}.\nThe name of the category, in one word, is"
-    hidden = lm.model.base_model(input_ids=torch.tensor([lm.encode_start(text)], device=lm.device)).last_hidden_state
+    text = "All of these are examples of one category: {}.\nThe name of the category, in one word, is"
+    read = lambda: lm.encode_start(text.format(", ".join(words)))
+    while len(words) > 1 and len(read()) > (longest_input(lm) or math.inf): words.pop()
+    hidden = lm.model.base_model(input_ids=torch.tensor([read()], device=lm.device)).last_hidden_state
     guesses = lm.logits(hidden[0, -1]).float().masked_fill(~lm.admissible, -math.inf)
     labels = guesses.argsort(descending=True)[:lm.label_count]
     if lm is not task.lm:
-        task.meter.positions += len(lm.encode_start(text))  # the meter is at the evaluator
+        task.meter.positions += len(read())  # the meter is at the evaluator
         own = {task.lm.token(id): id for id in task.lm.admissible.nonzero()[:, 0].tolist()}  # its tokens may be others
         labels = torch.tensor([own[word] for word in map(lm.token, labels.tolist()) if word in own])
     return _try(task, labels)

@@ -387,7 +387,7 @@ def text_feature(
     seed: int,
 ) -> Feature:
     "A feature of `size` texts made from templates."
-    if size < 2: raise ValueError(f"size {size} is too small: 2 texts are the least")
+    if size < 3: raise ValueError(f"size {size} is too small: 3 texts are the least")
     rng = np.random.default_rng(seed)
     sentences = deal_groups(rng, [(weight, [line.strip() for line in lines], None) for weight, lines in templates])
     words = {kind: deal_groups(rng, [(weight, _forms(source), value) for weight, source, value in groups])
