@@ -694,7 +694,7 @@ TWO_WORDS = {
         mussel stingray porpoise eel
     """, """
         lion tiger horse eagle sparrow frog ant spider rabbit camel wolf bear boat anchor beach harbor wave ship river
-        sailor coral lake sand island
+        sailor cliff lake sand island
     """),
     # countries: "European countries"
     "European countries": ("""
