@@ -613,7 +613,7 @@ def _require(model: PreTrainedModel, tokenizer) -> None:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is "
                          "needed to know where in the text each token lies")
     rows = len(model.get_input_embeddings().weight)
-    # control tokens that were added afterwards, for padding say, may lack a row: no harm, since no text has them
+    # control tokens that were added afterwards, for padding say, may lack a row: no text may have them, see `control`
     highest = max(tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys())
     if highest >= rows:
         raise ValueError(f"the tokenizer does not belong to the model: it has ids up to {highest}, "
