@@ -113,6 +113,7 @@ def tiny_folder(tmp_path_factory) -> str:
     tiny = tmp_path_factory.mktemp("model")
     config = transformers.AutoConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                                                      num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tiny)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tiny)
     return str(tiny)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'SMALL', 'ANY_SHAPE', 'BLOCK', 'ON_GPU', 'POSITIONS', 'EXPECTED_LABELS', 'CONTINUED', 'Prompt',
-           'split_at_slot', 'check_prompts', 'read_prompt', 'label_log_prior', 'next_log_prob', 'Packing', 'pack',
-           'attention', 'read_behind', 'laid_out', 'joined_caches', 'attention_mask', 'forward_rows', 'room',
-           'token_log_probs', 'predict_all', 'predict', 'in_chunks', 'expected_labels', 'start_log_probs',
-           'marginal_log_probs', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'longest_input',
-           'check_length']
+           'split_at_slot', 'check_prompts', 'longest_input', 'read_prompt', 'label_log_prior', 'next_log_prob',
+           'Packing', 'pack', 'attention', 'read_behind', 'laid_out', 'joined_caches', 'attention_mask', 'forward_rows',
+           'room', 'token_log_probs', 'predict_all', 'predict', 'in_chunks', 'expected_labels', 'start_log_probs',
+           'marginal_log_probs', 'Batch', 'make_batch', 'all_batches', 'Channel', 'channel', 'check_length']
 
 # %% ../nbs/04_discriminator.ipynb #2d419146
 import math
@@ -63,6 +62,13 @@ def check_prompts(prompts: Sequence[str] | None) -> None:
         raise ValueError(f"prompts is {prompts!r}; give a list of one prompt or more")
     for text in prompts: split_at_slot(text)
 
+# %% ../nbs/04_discriminator.ipynb #3ff8d0f1
+def longest_input(lm: LM) -> int | None:
+    "Tokens that the model can read; None if there is no limit."
+    config = lm.model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min((x for x in limits if x), default=None)
+
 # %% ../nbs/04_discriminator.ipynb #5830b1d8
 _read = WeakKeyDictionary()  # LM -> text -> Prompt
 
@@ -71,7 +77,7 @@ def read_prompt(
     text: str,  # with {label} where the label goes
     lm: LM,
 ) -> Prompt:
-    "Read a prompt up to its label slot, once for a model; raises ValueError for a bad one, as `split_at_slot` does."
+    "Read a prompt up to its label slot, once for a model; raises ValueError for a bad one, or one too long."
     known = _read.setdefault(lm, {})
     if text not in known: known[text] = _read_anew(text, lm)
     return known[text]
@@ -436,13 +442,6 @@ def channel(
     return Channel(lm, tokens, read, baseline, torch.stack([p.log_prior for p in read]).mean(0))
 
 # %% ../nbs/04_discriminator.ipynb #aa3269a0
-def longest_input(lm: LM) -> int | None:
-    "Tokens that the model can read; None if there is no limit."
-    config = lm.model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    return min((x for x in limits if x), default=None)
-
-
 def check_length(lm: LM, prompts: Sequence[Prompt], tokens: TokenizedFeature, label_tokens: int = 1) -> None:
     "Raise ValueError, naming the text, if one does not fit behind the prompts with a label of so many tokens."
     limit = longest_input(lm)
