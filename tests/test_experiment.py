@@ -183,16 +183,16 @@ def test_an_error_in_a_widget_fails_the_run(experiment, folders):
     assert (folders["figures"] / "plot.svg").read_text() == "old"
 
 
-def again_if_it_hangs(call, seconds=60, times=3):
+def again_if_it_hangs(call):
     "nbclient sometimes misses that a cell with an output widget has ended (its issue 312)."
-    def late(*_): raise TimeoutError(f"no end after {seconds} s")
+    def late(*_): raise TimeoutError("no end after a minute")
     before = signal.signal(signal.SIGALRM, late)
     try:
-        for left in reversed(range(times)):
-            signal.alarm(seconds)
+        for last in False, False, True:
+            signal.alarm(60)
             try: return call()
             except TimeoutError:
-                if not left: raise
+                if last: raise
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
