@@ -185,11 +185,11 @@ def test_an_error_in_a_widget_fails_the_run(experiment, folders):
 
 def again_if_it_hangs(call):
     "nbclient sometimes misses that a cell with an output widget has ended (its issue 312)."
-    def late(*_): raise TimeoutError("no end after a minute")
+    def late(*_): raise TimeoutError("no end after half a minute")
     before = signal.signal(signal.SIGALRM, late)
     try:
         for last in False, False, True:
-            signal.alarm(60)
+            signal.alarm(30)
             try: return call()
             except TimeoutError:
                 if last: raise
