@@ -1,5 +1,9 @@
-"""Fixtures for all tests: the default model, and tiny random models of several families."""
+"""Fixtures for all tests: the default model, tiny random models of several families, and processes that start at once."""
+import multiprocessing
+import multiprocessing.forkserver
+import os
 import signal
+import time
 from functools import lru_cache
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import tokenlabel.experiment
 from tokenlabel.lm import LM, _locate, load_lm
 
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
@@ -18,6 +23,75 @@ SLOW = ("test_workshop", "test_paper", "test_project")
 def pytest_collection_modifyitems(items):
     "What takes minutes comes first: else one process is left with it at the end, and the others wait."
     items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
+# Importing these takes longer than many a test does. The fork server does it once, and nothing else: a process that has
+# computed cannot be forked safely.
+LIBRARIES = ["torch", "transformers", "transformers.generation", "transformers.models.auto.modeling_auto",
+             "transformers.models.llama.modeling_llama", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
+             "sklearn.metrics", "ipykernel.kernelapp", "ipywidgets", "papermill", "nbdev.test"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(LIBRARIES)
+
+
+class Forked:
+    "A process of the fork server that calls a function, used as one of `subprocess`."
+    stdin = stdout = stderr = None
+
+    def __init__(self, function, *args, environment=None):
+        self.process = FORKS.Process(target=_begin, args=(function, args, dict(environment or os.environ)))
+        self.process.start()
+        self.pid = self.process.pid
+        while self.poll() is None and os.getpgid(self.pid) != self.pid: time.sleep(.001)  # a group is what a signal goes to
+
+    def poll(self): return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def terminate(self): self.send_signal(signal.SIGTERM)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+
+def _begin(function, args, environment):
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
+
+
+def _fork_worker(function, **environment):
+    ours, theirs = multiprocessing.Pipe()
+    with theirs: process = Forked(_work, function, theirs, environment=os.environ | environment)
+    return tokenlabel.experiment.Worker(process, ours)
+
+
+def _work(function, connection):
+    os.dup2(connection.fileno(), 0)
+    getattr(tokenlabel.experiment, function)()
+
+
+def _fork_kernel(command, *, cwd=None, env=None, **_):
+    return Forked(_be_kernel, command[command.index("-f"):], cwd or os.getcwd(), environment=env)
+
+
+def _be_kernel(arguments, cwd):
+    from ipykernel.kernelapp import launch_new_instance
+    os.chdir(cwd)
+    launch_new_instance(argv=arguments)
+
+
+@pytest.fixture
+def quick_starts(monkeypatch):
+    "Workers and kernels come from the fork server, in which PyTorch is imported. (Elsewhere they start as they do for users.)"
+    multiprocessing.forkserver.ensure_running()
+    monkeypatch.setattr("tokenlabel.experiment._start_process", _fork_worker)
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", _fork_kernel)
 
 
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "gemma3", "gpt_neox", "phi", "opt")

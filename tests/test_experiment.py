@@ -396,7 +396,7 @@ def test_runs_in_workers_are_those_of_one_process_and_are_kept(tiny, tmp_path, c
     assert same(cached_label(ANIMALS, tiny, runs=tmp_path, **jobs[1].options), results[1])
 
 
-def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path):
+def test_a_call_that_fails_and_a_worker_that_is_killed_are_named(tiny, tmp_path, quick_starts):
     def call(name, **options):
         return Call(name, _label_into, dict(feature=ANIMALS, options=FEW | options, entry=tmp_path / "entry"))
     before = children(os.getpid())

@@ -222,7 +222,7 @@ def test_a_row_of_texts_may_have_empty_words(tmp_path):
     assert feature.mode == "texts"
 
 
-def test_workers_ask_directly_too(stored):
+def test_workers_ask_directly_too(stored, quick_starts):
     here, there = (labels(dict(label_features(some_features(2), stored, engine=engine, **HOW | ASKED)))
                    for engine in ("here", "processes"))
     assert here == there
@@ -235,13 +235,13 @@ def test_a_file_of_what_shares_nothing_is_not_done_twice(lm, tmp_path, options):
     assert all("label" in json.loads(line) for line in out.read_text().splitlines()[1:])
 
 
-def test_workers_give_the_labels_of_this_process(stored):
+def test_workers_give_the_labels_of_this_process(stored, quick_starts):
     features = some_features(5)
     here = dict(label_features(features, stored, **HOW))
     assert labels(dict(label_features(features, stored, engine="processes", together=2, **HOW))) == labels(here)
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(stored, monkeypatch):
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(stored, monkeypatch, quick_starts):
     opened, original = [], module.start_workers
     monkeypatch.setattr(module, "start_workers", lambda *a: keep(original(*a)))
 
@@ -261,7 +261,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_done_twice(s
     assert len(opened) == 3
 
 
-def test_a_job_that_kills_its_workers_is_given_up(stored, monkeypatch):
+def test_a_job_that_kills_its_workers_is_given_up(stored, monkeypatch, quick_starts):
     monkeypatch.setattr(module, "RETRIES", 1)
     poison = Job("poison", some_features(1)[0], dict(HOW) | dict(steps=_Ends()))
     fine = [Job("fine", feature, HOW) for feature in some_features(3)]
@@ -275,7 +275,7 @@ class _Ends:
     def __reduce__(self): return os._exit, (3,)
 
 
-def test_an_error_in_the_stream_ends_the_run(stored):
+def test_an_error_in_the_stream_ends_the_run(stored, quick_starts):
     def stream():
         yield from some_features(2)
         raise ValueError("line 3")
@@ -374,7 +374,7 @@ def test_a_run_goes_on_where_it_stopped(stored, tmp_path):
     with pytest.raises(ValueError, match="twice"): label_file(source, tmp_path / "new.jsonl", stored, **HOW)
 
 
-def test_a_driver_that_is_killed_and_started_again_loses_nothing_and_does_nothing_twice(stored, tmp_path):
+def test_a_driver_that_is_killed_and_started_again_loses_nothing_and_does_nothing_twice(stored, tmp_path, quick_starts):
     source, out = write(tmp_path / "in.jsonl", some_features(12)), tmp_path / "out.jsonl"
     code = textwrap.dedent(f"""
         import sys; sys.path = {sys.path}

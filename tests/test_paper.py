@@ -161,7 +161,7 @@ def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) 
 
 # the notebooks
 
-def test_an_experiment_leaves_the_verdict_of_its_evaluator(tmp_path):
+def test_an_experiment_leaves_the_verdict_of_its_evaluator(tmp_path, quick_starts):
     small = {"seeds": 1, "words": 24, "steps": 4, "restarts": 1}
     executed = run_experiment("numbers", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
     [made] = load_verdicts(tmp_path / "figures")
@@ -177,7 +177,7 @@ def as_if_measured(lm, runs):
     _layout_file(lm, layouts, runs).write_text(json.dumps([asdict(Layout(1, 1, 1.0))]))
 
 
-def test_an_experiment_in_two_forms_leaves_figures_and_verdicts_of_both(tiny_folder, tmp_path):
+def test_an_experiment_in_two_forms_leaves_figures_and_verdicts_of_both(tiny_folder, tmp_path, quick_starts):
     small = {"lm": tiny_folder, "seeds": 2, "words": 24, "texts": 6, "steps": 3}
     as_if_measured(load_lm(tiny_folder), tmp_path / "runs")
     run_experiment("animals", small, figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
@@ -187,7 +187,7 @@ def test_an_experiment_in_two_forms_leaves_figures_and_verdicts_of_both(tiny_fol
     assert (words.form, texts.form) == ("isolated words", "running text") and len(words.labels) == len(texts.labels) == 2
 
 
-def test_the_papers_preset_runs_on_another_model(tiny_folder, tmp_path):
+def test_the_papers_preset_runs_on_another_model(tiny_folder, tmp_path, quick_starts):
     "Direct, from noise, with constant weights."
     run_experiment("numbers", {"preset": "paper", "lm": tiny_folder, "seeds": 1, "words": 16, "steps": 2},
                    figures=tmp_path / "figures", runs=tmp_path / "runs", progress=False)
@@ -195,7 +195,7 @@ def test_the_papers_preset_runs_on_another_model(tiny_folder, tmp_path):
     assert (made.preset, made.discriminator) == ("paper", "direct")
 
 
-def test_an_unknown_preset_is_told_at_once(tmp_path, capsys):
+def test_an_unknown_preset_is_told_at_once(tmp_path, capsys, quick_starts):
     folders = ["--figures", str(tmp_path / "figures"), "--runs", str(tmp_path / "runs")]
     assert main(["reproduce", "numbers", "--preset", "article", *folders]) == 1
     assert "there is no preset 'article'; there is default, paper" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The project as a whole: notebooks, exported code, README, lessons, settings and Makefile agree."""
 import ast
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ import papermill
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from conftest import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -90,13 +91,6 @@ def test_links_in_the_readme_lead_somewhere():
     assert missing == []
 
 
-# Importing these takes longer than many a lesson does. The fork server does it once, and nothing else: a process that
-# has computed cannot be forked safely.
-LIBRARIES = ["torch", "transformers", "transformers.generation", "transformers.models.auto.modeling_auto",
-             "transformers.models.llama.modeling_llama", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
-             "sklearn.metrics", "ipywidgets", "papermill", "nbdev.test"]
-
-
 def run_lesson(copy, path):
     "In a process of its own: what the command `nbdev_test` does for one notebook."
     from nbdev.test import nbdev_test
@@ -108,13 +102,8 @@ def run_lesson(copy, path):
 
 
 def check_lesson(copy, path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(target=run_lesson, args=(copy, path))
-    process.start()
-    process.join()
-    said = (copy / "said").read_text()
-    assert process.exitcode == 0 and said.rstrip().endswith("Success."), said
+    status, said = Forked(run_lesson, copy, path).wait(), (copy / "said").read_text()
+    assert status == 0 and said.rstrip().endswith("Success."), said
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

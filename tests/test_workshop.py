@@ -146,7 +146,7 @@ def test_there_are_five_lessons_of_two_to_four_exercises():
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_exercises_fail_as_they_are_and_pass_as_they_are_solved(path):
+def test_exercises_fail_as_they_are_and_pass_as_they_are_solved(path, quick_starts):
     nb = read(path)
     exercises, solved = read_exercises(nb), solve(nb)
     cells, checks = [], {}
