@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 # computed cannot be forked safely.
 LIBRARIES = ["torch", "transformers", "transformers.generation", "transformers.models.auto.modeling_auto",
              "transformers.models.llama.modeling_llama", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
-             "sklearn.metrics", "ipykernel.kernelapp", "ipywidgets", "papermill", "nbdev.test"]
+             "ipykernel.kernelapp", "ipywidgets", "papermill", "nbdev.test"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(LIBRARIES)
 

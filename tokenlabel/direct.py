@@ -118,7 +118,9 @@ def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of y
 _YES_OR_NO = "Answer each question with Yes or No."
 
 QUESTIONS = {
-    "words": Question('Is the word "{word}" an example of {label}?', _YES_OR_NO),
+    "words": Question('Is the word "{word}" an example of {label}?', _YES_OR_NO, shots=(
+        ('Is the word "daffodil" an example of flowers?', "yes"), ('Is the word "zipper" an example of rivers?', "no"),
+        ('Is the word "Wasser" an example of German?', "yes"), ('Is the word "cork" an example of Portuguese?', "no"))),
     "texts": Question('Text: "{text}"\nIn this text, is the word "{token}" an example of {label}?', _YES_OR_NO),
 }
 

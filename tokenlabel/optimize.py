@@ -251,8 +251,7 @@ def rank_labels(
         "label": ["".join(map(lm.token, row)) for row in rows], "token": ["".join(map(lm.show, row)) for row in rows],
         "loss": hard_loss(*parts, weights).tolist(), "accuracy_loss": accuracy, "kl": kl, "end": end,
         "accuracy_heldout": _heldout_loss(z, tokens, weights, discriminator.scaled),
-        "auroc_fit": [_auroc(row, tokens.activation, ~tokens.heldout) for row in z],
-        "auroc_heldout": [_auroc(row, tokens.activation, tokens.heldout) for row in z]})
+        "auroc_fit": _auroc(z, tokens, ~tokens.heldout), "auroc_heldout": _auroc(z, tokens, tokens.heldout)})
     order = table.sort_values("loss", kind="stable").index
     return table.loc[order].reset_index(drop=True), z[torch.tensor(order.to_numpy(), device=z.device)]
 
@@ -263,8 +262,8 @@ def _heldout_loss(z: Tensor, tokens: TokenizedFeature, weights: LossWeights, smo
     return balanced_bce(z[:, chosen], tokens.activation.to(z.device)[chosen], weights.active, smooth=smooth).tolist()
 
 
-def _auroc(z: Tensor, activation: Tensor, chosen: Tensor) -> float:
-    return float(auroc(z.cpu()[chosen], activation[chosen])) if chosen.any() else float("nan")
+def _auroc(z: Tensor, tokens: TokenizedFeature, chosen: Tensor) -> np.ndarray | float:
+    return auroc(z.cpu()[:, chosen], tokens.activation[chosen]) if chosen.any() else float("nan")
 
 # %% ../nbs/06_optimize.ipynb #4a92f3c5
 FRONT = 512  # likeliest first tokens that are tried in front of a stem

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D, Bbox
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 
 # %% ../nbs/09_plot.ipynb #4cc9599b
 WIDTH, HEIGHT = 3.4, 2.4            # inches, of a panel with its margins: one column of a two-column page
@@ -83,7 +83,7 @@ def _spread(y: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
     "The positions nearest to sorted `y` that lie `gap` apart, and between `low` and `high` as far as they fit."
     shift = gap * np.arange(len(y))
     top = max(low, high - shift[-1])
-    return isotonic_regression(y - shift, y_min=low, y_max=top) + shift
+    return isotonic_regression(y - shift).x.clip(low, top) + shift
 
 def _shorten(text: Text, width: float):
     "Takes characters out of the middle until `text` is at most `width` pixels wide."

@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'auroc', 'score', 'chance', 'heldout_table']
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 # %% ../nbs/08_score.ipynb #a0bd969d
 METRICS = ("auroc", "balanced_accuracy", "f1", "accuracy_active", "accuracy_inactive")
@@ -28,23 +28,25 @@ def _is_active(activation: ArrayLike) -> np.ndarray:
     return active
 
 def _scores(z: ArrayLike, active: np.ndarray) -> np.ndarray:
-    "The logits as a float vector, checked against the units they belong to."
+    "The logits as floats [..., U], checked against the units they belong to."
     z = np.asarray(z, dtype=float)
-    if z.shape != active.shape:
+    if z.shape[-1:] != active.shape:
         raise ValueError(f"z must have one value for each of the {active.size} units; its shape is {z.shape}")
     if not np.isfinite(z).all():
-        bad = int((~np.isfinite(z)).argmax())
-        raise ValueError(f"z must be finite; at unit {bad} it is {z[bad]}")
+        *row, bad = np.argwhere(~np.isfinite(z))[0]
+        raise ValueError(f"z must be finite; at unit {bad} it is {z[*row, bad]}")
     return z
 
 # %% ../nbs/08_score.ipynb #1e026b27
 def auroc(
-    z: ArrayLike,           # logit per unit, [U]
+    z: ArrayLike,           # logit per unit, [U], or of many labels [..., U]
     activation: ArrayLike,  # activation per unit in [0, 1], [U]; active where >= 0.5
-) -> float:                 # 0 to 1; 0.5 is chance
+) -> float | np.ndarray:    # 0 to 1; 0.5 is chance; [...]
     "Area under the ROC curve. Raises ValueError where a class has no units or `z` is not finite."
     active = _is_active(activation)
-    return float(roc_auc_score(active, _scores(z, active)))
+    n, rest = active.sum(), (~active).sum()
+    right = rankdata(_scores(z, active), axis=-1)[..., active].sum(-1) - n * (n + 1) / 2   # pairs in the right order
+    return right / (n * rest) if np.ndim(right) else float(right / (n * rest))
 
 # %% ../nbs/08_score.ipynb #72c2fe0d
 def _auroc(active: np.ndarray, inactive: np.ndarray) -> np.ndarray:
