@@ -38,11 +38,13 @@ class Question:
     yes: str = "Yes"
     no: str = "No"
     shots: tuple[tuple[str, str], ...] = ()  # earlier turns: a question without slots, and "yes" or "no" to it
+    prior_shots: tuple[tuple[str, str], ...] = ()  # more of them, for the KL alone: they show what a label looks like
     chat: bool = True  # with the chat template of the model, if it has one
 
     def __post_init__(self):
-        object.__setattr__(self, "shots", tuple(map(tuple, self.shots)))  # lists, if it was saved
-        if wrong := {reply for _, reply in self.shots} - {"yes", "no"}:
+        for name in ("shots", "prior_shots"):
+            object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))  # lists, if it was saved
+        if wrong := {reply for _, reply in self.shots + self.prior_shots} - {"yes", "no"}:
             raise ValueError(f"a shot's reply is 'yes' or 'no', whatever the answers are, and not {wrong.pop()!r}")
 
     def turns(self) -> list[tuple[str, str]]:  # role, content; up to the question
@@ -60,7 +62,7 @@ class Question:
 
 def plain_question(question: Question) -> dict:
     "As a saved result has it."
-    return asdict(question) | {"shots": [list(shot) for shot in question.shots]}
+    return asdict(question) | {name: [list(shot) for shot in getattr(question, name)] for name in ("shots", "prior_shots")}
 
 
 def check_question(question: Question | None) -> None:
@@ -117,12 +119,20 @@ def answer_ids(question: Question, lm: LM) -> tuple[int, int]:  # token ids of y
 # %% ../nbs/04b_direct.ipynb #285ee0db
 _YES_OR_NO = "Answer each question with Yes or No."
 
-QUESTIONS = {
-    "words": Question('Is the word "{word}" an example of {label}?', _YES_OR_NO, shots=(
-        ('Is the word "daffodil" an example of flowers?', "yes"), ('Is the word "zipper" an example of rivers?', "no"),
-        ('Is the word "Wasser" an example of German?', "yes"), ('Is the word "cork" an example of Portuguese?', "no"))),
-    "texts": Question('Text: "{text}"\nIn this text, is the word "{token}" an example of {label}?', _YES_OR_NO),
-}
+_SHOWN = (("daffodil", "flowers", "yes"), ("zipper", "rivers", "no"), ("Wasser", "German", "yes"),
+          ("cork", "Portuguese", "no"))
+
+
+def _shown(user: str) -> tuple[tuple[str, str], ...]:
+    "Examples of a question."
+    filled = lambda slots: re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]], user)
+    return tuple((filled(dict(word=word, token=word, text=f"The word here is {word}.", label=label)), reply)
+                 for word, label, reply in _SHOWN)
+
+
+QUESTIONS = {mode: Question(user, _YES_OR_NO, prior_shots=_shown(user)) for mode, user in {
+    "words": 'Is the word "{word}" an example of {label}?',
+    "texts": 'Text: "{text}"\nIn this text, is the word "{token}" an example of {label}?'}.items()}
 
 _RATE = "Rate 1 if it does and 0 if it does not. Reply with the rating alone."
 
@@ -373,9 +383,14 @@ def direct(
     filled = examples(tokens, lm)
     rows = encode_examples(before, chat, filled, lm)
     _check_length(lm, rows, label_tokens + len(after), filled)
-    levels, hidden = read_levels(lm, split_levels(rows, [values.get("text", "") for values in filled]), memory)
-    return Direct(lm, tokens, question, tuple(after), answers, levels, mean_log_prior(lm, hidden[~tokens.heldout]),
-                  positions)
+    texts, fit = [values.get("text", "") for values in filled], ~tokens.heldout
+    levels, hidden = read_levels(lm, split_levels(rows, texts), memory)
+    if question.prior_shots:
+        taught, chat = render(replace(question, shots=question.shots + question.prior_shots), lm)
+        rows = encode_examples(split_prompt(taught, mode)[0], chat, filled, lm)
+        _check_length(lm, rows, 0, filled)
+        _, hidden = read_levels(lm, split_levels(rows, texts), memory)
+    return Direct(lm, tokens, question, tuple(after), answers, levels, mean_log_prior(lm, hidden[fit]), positions)
 
 # %% ../nbs/04b_direct.ipynb #ac16f223
 def _check_length(lm: LM, rows: Sequence[list[int]], more: int, filled: Sequence[dict[str, str]]) -> None:

@@ -562,10 +562,19 @@ def _from_pretrained(loader, location: str, **settings):
             raise kind(f"cannot load {location}{where}: {error}") from error
 
 # %% ../nbs/00_lm.ipynb #c9c06c6d
-def fastest_dtype() -> torch.dtype | None:
-    "bfloat16 on a CPU with instructions for it, else None: the default of `load_lm`."
-    quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if quick and not torch.cuda.is_available() else None
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def fastest_dtype(
+    device: str | torch.device | None = None,  # left out: the GPU if there is one
+) -> torch.dtype | None:
+    "bfloat16 on a device with instructions for it, else None: the default of `load_lm`."
+    match _device(device).type:
+        case "cuda": quick = torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu": quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        case _: quick = False
+    return torch.bfloat16 if quick else None
 
 # %% ../nbs/00_lm.ipynb #f90b5d77
 def load_lm(
@@ -584,7 +593,7 @@ def load_lm(
     not exist, OSError for a name that the hub does not give, TypeError for a source that is none of these, and
     ValueError for a model or tokenizer that this package cannot work with.
     """
-    if dtype == "fastest": dtype = fastest_dtype()
+    if dtype == "fastest": dtype = fastest_dtype(device or getattr(source, "device", None))
     elif isinstance(dtype, str):
         raise ValueError(f'dtype {dtype!r} is neither a torch.dtype nor "fastest"')
     if isinstance(source, PreTrainedModel):
@@ -594,7 +603,7 @@ def load_lm(
         model = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
     elif source is None or isinstance(source, (str, Path)):
         name, location = _locate(source)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = _from_pretrained(AutoModelForCausalLM, location, dtype=dtype).to(device)
         tokenizer = _from_pretrained(AutoTokenizer, location) if tokenizer is None else tokenizer

@@ -218,7 +218,7 @@ def shortlist(
     return found
 
 # %% ../nbs/06_optimize.ipynb #28afafee
-WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.01)}  # see "Label a feature"
+WEIGHTS = {"channel": LossWeights(), "direct": LossWeights(kl=0.02)}  # see "Label a feature"
 
 
 def weights_for(discriminator: str, weights: LossWeights | None = None) -> LossWeights:
