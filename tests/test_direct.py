@@ -229,6 +229,24 @@ def test_the_log_prior_is_the_mean_over_the_examples_that_are_not_held_out(famil
         assert (judge.log_prior[~lm.admissible] < -1e8).all()
 
 
+@torch.no_grad()
+def test_prior_shots_change_what_is_expected_as_a_label_and_nothing_else():
+    lm, shots = make_tiny_lm("llama"), (('Is "red" a book?', "no"), ('Is "red" a red?', "yes"))
+    tokens, label = tokenize(WORDS, lm, frozenset({"cat"})), lm.embed([[40], [41]])
+    plain, taught, shown = (direct(lm, tokens, replace(ASK_WORD, **how))
+                            for how in ({}, dict(prior_shots=shots), dict(shots=ASK_WORD.shots + shots)))
+    assert torch.equal(taught.logits(label, taught.batch()), plain.logits(label, plain.batch()))
+    assert torch.equal(taught.log_end(label), plain.log_end(label))
+    assert torch.equal(taught.log_prior, shown.log_prior)
+    assert (taught.log_prior - plain.log_prior)[lm.admissible].abs().max() > .1
+
+
+def test_prior_shots_that_do_not_fit_are_left_out():
+    lm, long = make_tiny_lm("llama"), (("x" * 300, "no"),)
+    plain, taught = (direct(lm, tokenize(WORDS, lm), replace(ASK_WORD, prior_shots=shots)) for shots in ((), long))
+    assert torch.equal(taught.log_prior, plain.log_prior)
+
+
 def test_the_memory_is_not_exceeded():
     lm = make_tiny_lm("llama")
     tokens = tokenize(TEXTS, lm)

@@ -114,7 +114,7 @@ def test_lesson_runs(copy, path): check_lesson(copy, path)
 # million features computes with the default model.)
 SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"]),
          "phase_map": dict(quick=True), "prompts": dict(quick=True), "search": dict(quick=True),
-         "settings": dict(quick=True)}
+         "questions": dict(quick=True), "settings": dict(quick=True)}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -372,7 +372,10 @@ def direct(
     memory: float = 2**30,  # bytes for what the model keeps of the prompts; beyond it is read again for each batch
     positions: int = 1024,  # of one forward pass with gradient; beyond it, it is done in parts, and each part twice
 ) -> Direct:
-    "The direct discriminator of a feature; raises ValueError for a bad question, or one too long for the model."
+    """The direct discriminator of a feature; raises ValueError for a bad question, or one too long for the model.
+
+    Where the model has no room for the `prior_shots`, they are left out.
+    """
     mode = tokens.feature.mode
     check_question(question)
     question = question or QUESTIONS[mode]
@@ -385,14 +388,18 @@ def direct(
     _check_length(lm, rows, label_tokens + len(after), filled)
     texts, fit = [values.get("text", "") for values in filled], ~tokens.heldout
     levels, hidden = read_levels(lm, split_levels(rows, texts), memory)
-    if question.prior_shots:
-        taught, chat = render(replace(question, shots=question.shots + question.prior_shots), lm)
-        rows = encode_examples(split_prompt(taught, mode)[0], chat, filled, lm)
-        _check_length(lm, rows, 0, filled)
-        _, hidden = read_levels(lm, split_levels(rows, texts), memory)
+    if rows := _taught(lm, question, mode, filled): _, hidden = read_levels(lm, split_levels(rows, texts), memory)
     return Direct(lm, tokens, question, tuple(after), answers, levels, mean_log_prior(lm, hidden[fit]), positions)
 
 # %% ../nbs/04b_direct.ipynb #ac16f223
+def _taught(lm: LM, question: Question, mode: str, filled: Sequence[dict[str, str]]) -> list[list[int]]:
+    "Token ids of what stands before the label behind `prior_shots`, for each example; none where there is no room."
+    if not question.prior_shots: return []
+    text, chat = render(replace(question, shots=question.shots + question.prior_shots), lm)
+    rows, limit = encode_examples(split_prompt(text, mode)[0], chat, filled, lm), longest_input(lm)
+    return [] if limit and max(map(len, rows)) > limit else rows
+
+
 def _check_length(lm: LM, rows: Sequence[list[int]], more: int, filled: Sequence[dict[str, str]]) -> None:
     limit = longest_input(lm)
     for ids, values in zip(rows, filled):
