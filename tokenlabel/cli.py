@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     setting("accuracy", 1., "weight of the accuracy loss")
     setting("entropy", .2, "weight of the label's entropy at the end of a search")
     label.add_argument("--kl", type=float, metavar="FLOAT",
-                       help="weight of the label's divergence from what the model expects (default: 0.03, direct 0.01)")
+                       help="weight of the label's divergence from what the model expects (default: 0.03, direct 0.02)")
     setting("end", .01, "weight of how unlikely it is that the label ends where it does")
     setting("heldout", .3, "share of the words that are kept for scoring")
     setting("seed", 0, "same seed, same result")
