@@ -44,6 +44,14 @@ def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(rows):
 
 @given(units, st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
+def test_auroc_of_many_labels_at_once_is_that_of_each(rows, seed):
+    active = [active for _, active in rows]
+    z = np.random.default_rng(seed).integers(-3, 4, (2, 3, len(rows)))
+    assert auroc(z, active).tolist() == [[auroc(row, active) for row in part] for part in z]
+
+
+@given(units, st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
 def test_every_resample_has_both_classes(rows, seed):
     z, active = np.array([r[0] for r in rows], dtype=float), np.array([r[1] for r in rows])
     groups = [i // 3 for i in range(len(rows))]                       # types of mixed activation among them

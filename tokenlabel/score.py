@@ -27,10 +27,10 @@ def _is_active(activation: ArrayLike) -> np.ndarray:
                          f"of {a.size} units {active.sum()} are active")
     return active
 
-def _scores(z: ArrayLike, active: np.ndarray) -> np.ndarray:
-    "The logits as floats [..., U], checked against the units they belong to."
+def _scores(z: ArrayLike, active: np.ndarray, rows: bool = False) -> np.ndarray:
+    "The logits as a vector of floats, or as `rows` of them, checked against the units they belong to."
     z = np.asarray(z, dtype=float)
-    if z.shape[-1:] != active.shape:
+    if (z.shape[-1:] if rows else z.shape) != active.shape:
         raise ValueError(f"z must have one value for each of the {active.size} units; its shape is {z.shape}")
     if not np.isfinite(z).all():
         *row, bad = np.argwhere(~np.isfinite(z))[0]
@@ -45,7 +45,7 @@ def auroc(
     "Area under the ROC curve. Raises ValueError where a class has no units or `z` is not finite."
     active = _is_active(activation)
     n, rest = active.sum(), (~active).sum()
-    right = rankdata(_scores(z, active), axis=-1)[..., active].sum(-1) - n * (n + 1) / 2   # pairs in the right order
+    right = rankdata(_scores(z, active, rows=True), axis=-1)[..., active].sum(-1) - n * (n + 1) / 2   # pairs in the right order
     return right / (n * rest) if np.ndim(right) else float(right / (n * rest))
 
 # %% ../nbs/08_score.ipynb #72c2fe0d
