@@ -36,7 +36,7 @@ reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (
 
 test: $(STAMP) browser ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
-	$(BIN)/python -m pytest -ra -n 2 --dist loadgroup tests/test_browser.py
+	$(BIN)/python -m pytest -ra tests/test_browser.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py tests
 
 workshop: $(STAMP) ## serve the explorer as a web page on this computer   (PORT=n; for others, too: BIND=address PUBLIC=1)

@@ -23,9 +23,6 @@ SLOW = ("test_workshop", "test_paper", "test_project")
 def pytest_collection_modifyitems(items):
     "What takes minutes comes first: else one process is left with it at the end, and the others wait."
     items.sort(key=lambda item: item.path.stem not in SLOW)
-    for item in items:  # one visit to a page is told in several tests, and JupyterLab is another one
-        if item.path.stem == "test_browser":
-            item.add_marker(pytest.mark.xdist_group("lab" if "lab" in item.fixturenames else "page"))
 
 
 # Importing these takes longer than many a test does. The fork server does it once, and nothing else: a process that has

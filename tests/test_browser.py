@@ -28,7 +28,7 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 LESSON = ROOT / "nbs" / "workshop" / "1_soft_labels.ipynb"
 PATIENCE = 180_000  # milliseconds, for a machine that is busy with something else as well
 
-# One visit to one page, told in several tests, which have to run in order in one process (see conftest.py).
+# One visit to one page, told in several tests, which have to run in order in one process.
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")
 
 
