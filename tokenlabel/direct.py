@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import compress
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -386,18 +387,23 @@ def direct(
     filled = examples(tokens, lm)
     rows = encode_examples(before, chat, filled, lm)
     _check_length(lm, rows, label_tokens + len(after), filled)
-    texts, fit = [values.get("text", "") for values in filled], ~tokens.heldout
-    levels, hidden = read_levels(lm, split_levels(rows, texts), memory)
-    if rows := _taught(lm, question, mode, filled): _, hidden = read_levels(lm, split_levels(rows, texts), memory)
-    return Direct(lm, tokens, question, tuple(after), answers, levels, mean_log_prior(lm, hidden[fit]), positions)
+    fit = (~tokens.heldout).tolist()
+    taught = _taught(lm, question, mode, list(compress(filled, fit)), memory)  # before, as nothing of it is kept
+    levels, hidden = _read(lm, rows, filled, memory)
+    log_prior = mean_log_prior(lm, hidden[fit] if taught is None else taught)
+    return Direct(lm, tokens, question, tuple(after), answers, levels, log_prior, positions)
 
 # %% ../nbs/04b_direct.ipynb #ac16f223
-def _taught(lm: LM, question: Question, mode: str, filled: Sequence[dict[str, str]]) -> list[list[int]]:
-    "Token ids of what stands before the label behind `prior_shots`, for each example; none where there is no room."
-    if not question.prior_shots: return []
+def _read(lm: LM, rows: list[list[int]], filled: list[dict[str, str]], memory: float) -> tuple[list[Level], Tensor]:
+    return read_levels(lm, split_levels(rows, [values.get("text", "") for values in filled]), memory)
+
+
+def _taught(lm: LM, question: Question, mode: str, filled: list[dict[str, str]], memory: float) -> Tensor | None:
+    "Last hidden states before the label behind `prior_shots`, [R, d]; None without them, or without room for them."
+    if not question.prior_shots: return None
     text, chat = render(replace(question, shots=question.shots + question.prior_shots), lm)
     rows, limit = encode_examples(split_prompt(text, mode)[0], chat, filled, lm), longest_input(lm)
-    return [] if limit and max(map(len, rows)) > limit else rows
+    return None if limit and max(map(len, rows)) > limit else _read(lm, rows, filled, memory)[1]
 
 
 def _check_length(lm: LM, rows: Sequence[list[int]], more: int, filled: Sequence[dict[str, str]]) -> None:
