@@ -27,6 +27,7 @@ setup(
         f"Programming Language :: Python :: {settings['min_python']}",
     ],
     packages=[settings["lib_path"]],
+    package_data={settings["lib_path"]: ["data/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "workshop", "ray")},
