@@ -1,4 +1,4 @@
-# Three commands do everything: `make reproduce`, `make test` and `make workshop`. Each makes .venv if it is missing.
+# `make reproduce`, `make check`, `make test` and `make workshop` do everything. Each makes .venv if it is missing.
 
 SHELL       := bash
 .SHELLFLAGS := -o pipefail -c
@@ -25,7 +25,7 @@ SERVE := $(if $(BIND),--host $(BIND)) $(if $(PORT),--port $(PORT)) $(if $(PUBLIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test workshop export browser
+.PHONY: help reproduce check test workshop export browser
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ help: ## say what there is to make
 reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (QUICK=1, SEEDS=n, EXPERIMENTS="animals")
 	$(BIN)/tokenlabel fetch
 	$(BIN)/tokenlabel $(strip reproduce $(OPTIONS))
+
+check: $(STAMP) ## unit tests on tiny models, layers, export and links: no model to download, no browser, two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" --ignore tests/test_browser.py tests
 
 test: $(STAMP) browser ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
@@ -59,7 +62,7 @@ export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clea
 # is named once more, because clean notebooks do not carry it.
 README.md: nbs/index.ipynb $(STAMP)
 	$(BIN)/python -m nbconvert --to markdown --stdout $< \
-	  | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
+	  | cat -s | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
 	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")([A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
 
 # Most of what is installed is never imported, so Python compiles what is when it is: pip would take twice the time.

@@ -1,5 +1,6 @@
 """Fixtures for all tests: the default model, tiny random models of several families, and processes that start at once."""
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
@@ -11,18 +12,25 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import tokenlabel.experiment
-from tokenlabel.lm import LM, _locate, load_lm
+from tokenlabel.lm import LM, load_lm
+from tokenlabel.store import default_folder
 
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW = ("test_workshop", "test_paper", "test_project")
+def pytest_configure(config): config.addinivalue_line("markers", "slow: takes the default model, a kernel or minutes; not in `make check`")
+
+
+# Files of tests that start processes or kernels, or search for a long time.
+SLOW = ("test_cli", "test_compare", "test_many", "test_notebooks", "test_store", "test_workers", "test_workshop")
 
 
 def pytest_collection_modifyitems(items):
-    "What takes minutes comes first: else one process is left with it at the end, and the others wait."
-    items.sort(key=lambda item: item.path.stem not in SLOW)
+    "Whatever takes the default model is slow. What is slow comes first, or one process is left with it at the end."
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        if item.path.stem in SLOW or "tiny_folder" in fixtures or "lm" in fixtures and fixtures["lm"][-1].baseid == "tests": item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 # Importing these takes longer than many a test does. The fork server does it once, and nothing else: a process that has
@@ -65,15 +73,13 @@ def _begin(function, args, environment):
     function(*args)
 
 
-def _fork_worker(function, **environment):
-    ours, theirs = multiprocessing.Pipe()
-    with theirs: process = Forked(_work, function, theirs, environment=os.environ | environment)
-    return tokenlabel.experiment.Worker(process, ours)
+def _fork_python(command, *, stdin, env, **_):
+    return Forked(_run_code, multiprocessing.connection.Connection(os.dup(stdin)), command[-1], environment=env)
 
 
-def _work(function, connection):
+def _run_code(connection, code):
     os.dup2(connection.fileno(), 0)
-    getattr(tokenlabel.experiment, function)()
+    exec(code)
 
 
 def _fork_kernel(command, *, cwd=None, env=None, **_):
@@ -90,7 +96,7 @@ def _be_kernel(arguments, cwd):
 def quick_starts(monkeypatch):
     "Workers and kernels come from the fork server, in which PyTorch is imported. (Elsewhere they start as they do for users.)"
     multiprocessing.forkserver.ensure_running()
-    monkeypatch.setattr("tokenlabel.experiment._start_process", _fork_worker)
+    monkeypatch.setattr("tokenlabel.workers.Popen", _fork_python)
     monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", _fork_kernel)
 
 
@@ -181,13 +187,21 @@ def lm() -> LM:
 
 
 @pytest.fixture(scope="session")
+def stored(tiny_lm, tmp_path_factory) -> LM:
+    "The tiny llama, loaded from a folder: other processes can load the same model."
+    folder = tmp_path_factory.mktemp("stored") / "tiny"
+    for part in tiny_lm("llama").model, tiny_lm("llama").tokenizer: part.save_pretrained(folder)
+    return load_lm(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> str:
-    "A tiny random model with the tokenizer of the default one, as a file: what it says is noise, and takes seconds."
-    _, folder = _locate(None)
+    "The folder of a tiny random model with the tokenizer of the default one: its labels are noise, and take seconds."
     tiny = tmp_path_factory.mktemp("model")
-    config = transformers.AutoConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                                     num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = transformers.AutoConfig.from_pretrained(
+        default_folder(), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tiny)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tiny)
+    transformers.AutoTokenizer.from_pretrained(default_folder()).save_pretrained(tiny)
     return str(tiny)

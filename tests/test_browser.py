@@ -1,7 +1,7 @@
 """The explorer and a lesson as people use them: in a real browser, as a web page and in JupyterLab.
 
-Needs Chromium, which `make test` installs on Debian; without it these tests are skipped. With SCREENSHOTS=figures they
-take the pictures of the docs on their way.
+`make test` installs Chromium on Debian; without Chromium these tests are skipped. With SCREENSHOTS=figures they also take
+the pictures of the docs.
 """
 import os
 import re
@@ -28,7 +28,7 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 LESSON = ROOT / "nbs" / "workshop" / "1_soft_labels.ipynb"
 PATIENCE = 180_000  # milliseconds, for a machine that is busy with something else as well
 
-# One visit to one page, told in several tests, which have to run in order in one process.
+# One visit to one page in several tests, which have to run in order in one process.
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian: apt-get install chromium")
 
 
@@ -81,7 +81,7 @@ def lab(tmp_path_factory):
 def workshop(tmp_path_factory):
     "`tokenlabel workshop`: its address, as it says it, and its process."
     folder, port = tmp_path_factory.mktemp("workshop"), free_port()
-    command = [sys.executable, "-c", "from tokenlabel import cli; cli.IDLE = 5; "
+    command = [sys.executable, "-c", "from tokenlabel import cli; cli._workshop.__defaults__ = (5,); "  # seconds
                f"raise SystemExit(cli.main(['workshop', '--port', '{port}']))"]
     with serving(command, f"http://127.0.0.1:{port}", folder) as (server, log):
         [address] = re.findall(r"the explorer is at (\S+)", log.read_text())
@@ -127,7 +127,7 @@ def keep(page, name, height):
 def button(page, name): return page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$"))
 def press(page, name): button(page, name).click()
 def picture(page): return page.locator("img.widget-image").get_attribute("src")
-def status(page): return page.get_by_text(re.compile("^(running|paused|settled)"))
+def status(page): return page.get_by_text(re.compile("^(running|paused|finished)"))
 def steps(page): return int(re.search(r"after step (\d+)", page.locator(".tl-step").inner_text())[1])
 
 
@@ -159,24 +159,24 @@ def test_a_run_moves_label_picture_and_sliders(page):
     expect(page.locator(".tl-top")).not_to_have_text(label)
     expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
     assert float(readout(page, "temperature").inner_text()) < 0.8
-    assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, and no hand"
+    assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, not a hand"
 
 
-def test_the_map_has_a_point_that_climbs_with_the_entropys_weight(page):
+def test_the_map_has_a_point_that_climbs_with_the_entropy_weight(page):
     def height(): return float(page.locator("circle.tl-here").get_attribute("cy"))
-    expect(page.locator(".tl-map rect")).to_have_count(25)
+    expect(page.locator(".tl-map rect:has(title)")).to_have_count(25)
     before = height()
     at_step(page, steps(page) + 6)
     assert height() < before
-    if os.environ.get("SCREENSHOTS"): at_step(page, 36)  # where there is a word to be seen
-    keep(page, "explorer", 890)
+    if os.environ.get("SCREENSHOTS"): at_step(page, 36)  # the label is a word by then
+    keep(page, "explorer", 900)
 
 
 def test_a_slider_moved_while_it_runs_acts_without_starting_over(page):
     before = steps(page)
-    slider(page, "KL").focus()
+    slider(page, "KL weight").focus()
     for _ in range(5): page.keyboard.press("ArrowRight")
-    value = float(readout(page, "KL").inner_text())
+    value = float(readout(page, "KL weight").inner_text())
     assert value > 0.03
     expect(page.locator(".tl-loss")).to_contain_text(f"{value:.2f} × KL")
     assert steps(page) >= before and "running" in status(page).inner_text()
@@ -260,9 +260,9 @@ def test_jupyterlab_runs_the_explorer_and_closes_it(browser, lab):
     first, label = picture(page), page.locator(".tl-top").inner_text()
     press(page, "Run")
     at_step(page, 8)
-    slider(page, "KL").focus()
+    slider(page, "KL weight").focus()
     page.keyboard.press("ArrowRight")
-    expect(page.locator(".tl-loss")).to_contain_text("0.03 × KL")
+    expect(page.locator(".tl-loss")).to_contain_text("0.04 × KL")
     expect(page.locator(".tl-top")).not_to_have_text(label)
     expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
     run_cell(page, 1)

@@ -1,11 +1,12 @@
-"""Hard negatives: which words a label reaches, and what becomes of a feature that gets them."""
+"""Hard negatives: the words that a label reaches, and the feature with them."""
 import pytest
 import torch
 from conftest import make_tiny_lm
 
-from tokenlabel.discriminator import channel
-from tokenlabel.feature import Feature, tokenize
+from tokenlabel.channel import channel
+from tokenlabel.feature import Feature
 from tokenlabel.negatives import harden, reach
+from tokenlabel.tokenize import tokenize
 
 WORDS = Feature.from_words("cats", "cat dog horse cow".split(), "car house book red lamp tree".split())
 POOL = "sheep goat mouse bird stone river".split()
@@ -16,8 +17,8 @@ def logits(label: str, words: list[str]) -> dict[str, float]:
     lm, found = make_tiny_lm("llama"), {}
     for word in words:
         other = "seven" if word != "seven" else "eight"
-        judge = channel(lm, tokenize(Feature.from_words("one", [word], [other]), lm))
-        found[word] = float(judge.hard_logits(torch.tensor([lm.encode(label)]), judge.batch())[0, 0])
+        discriminator = channel(lm, tokenize(Feature.from_words("one", [word], [other]), lm))
+        found[word] = float(discriminator.token_logits(torch.tensor([lm.encode(label)]), discriminator.batch())[0, 0])
     return found
 
 
@@ -28,7 +29,7 @@ def test_reach_is_the_logit_of_each_word_largest_first():
     assert list(found) == sorted(POOL, key=expected.get, reverse=True)
 
 
-def test_the_easiest_negatives_give_way_to_the_hardest_of_the_pool():
+def test_the_hardest_words_of_the_pool_replace_the_easiest_negatives():
     lm = make_tiny_lm("llama")
     label = lm.token(70)
     hard = harden(WORDS, label, POOL, lm, count=2)
@@ -41,7 +42,7 @@ def test_the_easiest_negatives_give_way_to_the_hardest_of_the_pool():
     assert len(set(harden(WORDS, label, POOL, lm).texts) & set(POOL)) == 3  # half of the inactive ones
 
 
-def test_what_cannot_be_hardened_is_refused():
+def test_bad_arguments_are_refused():
     lm = make_tiny_lm("llama")
     with pytest.raises(ValueError, match="active in cats: cat"): harden(WORDS, " a", [*POOL, "cat"], lm)
     with pytest.raises(ValueError, match="count=7: cats has 6 inactive words"): harden(WORDS, " a", POOL, lm, count=7)
@@ -61,7 +62,7 @@ def test_words_of_a_pool_are_taken_without_white_space():
     assert reach(" cat", ["dog"], lm).keys() == {"dog"}
 
 
-def test_no_word_is_missing_to_a_pool_whatever_is_in_it():
+def test_a_pool_may_hold_the_word_that_is_inactive_by_default():
     assert len(reach(" cat", ["a", "aa", "the"], make_tiny_lm("llama"))) == 3
 
 

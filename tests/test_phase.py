@@ -1,84 +1,83 @@
-"""The phase map: many descents as one batch, how each ends, and the map as a figure, as a file and beside the sliders."""
+"""The phase map: one search for all places, how each place ends, the stored maps and the drawing."""
 import json
+import re
 import xml.etree.ElementTree as ET
+from importlib.resources import files
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 from tokenlabel.feature import Feature
-from tokenlabel.objective import LossWeights
-from tokenlabel.descent import Search, initial_v
-from tokenlabel.phase import (FAVORITE, LOOK, MIXED, OTHER, RIGHT, descend, load_maps, map_html, map_svg, maps_file,
-                              phase_of, place, plot_phase_map, save_maps, sweep)
-from tokenlabel.widgets import make_judge
+from tokenlabel.phase import PHASES, load_maps, phase_map_svg, phase_of, save_maps, sweep
+from tokenlabel.search import Search, make_discriminator
+from tokenlabel.settings import Settings
+from tokenlabel.tokenize import tokenize
 
-
-def small(): return Feature.from_words("small", ["cat", "dog", "horse", "animal"], ["house", "car", "book", "red"])
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def table(token="·word"):
-    return pd.DataFrame([dict(entropy=e, kl=k, phase=phase, token=token, probability=0.7)
-                         for (e, k), phase in zip([(0.0, 0.0), (0.0, 0.1), (0.4, 0.0), (0.4, 0.1)], LOOK)])
+    places = [(0.0, 0.0), (0.0, 0.1), (0.4, 0.0), (0.4, 0.1)]
+    return pd.DataFrame([dict(entropy_weight=e, kl_weight=k, phase=phase, token=token, probability=0.7)
+                         for (e, k), phase in zip(places, PHASES)])
 
 
 @pytest.fixture(params=["channel", "direct"])
-def judge(request, tiny_lm): return make_judge(small(), tiny_lm("llama"), request.param)
+def discriminator(request, tiny_lm):
+    lm = tiny_lm("llama")
+    feature = Feature.from_words("small", ["cat", "dog", "horse", "animal"], ["house", "car", "book", "red"])
+    return make_discriminator(lm, tokenize(feature, lm), Settings(discriminator=request.param))
 
 
-def test_each_row_is_a_search_with_its_own_weights(judge):
-    pairs, steps = [(0.2, 0.02), (0.0, 0.1), (0.05, 0.0)], 8
-    start = initial_v(judge.log_prior, 3, torch.Generator().manual_seed(1))
-    log_p, loss = descend(judge, *torch.tensor(pairs).T, start, steps)
-    for r, (entropy_weight, kl_weight) in enumerate(pairs):
-        search = Search(judge, weights=LossWeights(1.0, entropy_weight, kl_weight), restarts=1, steps=steps, batch_size=8)
-        search.v.data[0] = start[r]
+def a_word(lm): return lm.token(int(lm.admissible.nonzero()[40])).strip()
+
+
+def test_each_place_ends_where_a_search_with_its_weights_ends(discriminator):
+    steps, lm = 8, discriminator.lm
+    found = sweep(discriminator, [a_word(lm)], entropies=(0.0, 0.2), kls=(0.0, 0.1), restarts=1, steps=steps)
+    for row in found.itertuples():
+        search = Search(discriminator, Settings(restarts=1, steps=steps, entropy_weight=row.entropy_weight,
+                                                kl_weight=row.kl_weight, batch_size=8))
         for _ in range(steps): search.step()
-        mine = search.log_p(0.1)[0].exp().detach()
-        assert torch.allclose(log_p[r].exp(), mine, atol=1e-3)
-        assert loss[r].isfinite()
+        p = search.log_p(0.1)[0, 0].exp().detach()
+        assert row.token == lm.show(int(p.argmax())) and row.probability == pytest.approx(float(p.max()), abs=2e-3)
 
 
-def test_descending_leaves_the_starting_points_alone(judge):
-    start = initial_v(judge.log_prior, 1, torch.Generator().manual_seed(1))
-    kept = start.clone()
-    descend(judge, torch.tensor([0.1]), torch.tensor([0.1]), start, 2)
-    assert start.equal(kept) and not start.requires_grad
+def test_the_restart_with_the_lowest_loss_after_the_last_step_counts(discriminator):
+    lm, settings = discriminator.lm, Settings(restarts=3, steps=4, entropy_weight=0.2, kl_weight=0.1, batch_size=8)
+    search = Search(discriminator, settings)
+    for _ in range(4): search.step()
+    p = search.log_p(0.1)[:, 0].exp().detach()
+    search.settings = Settings(temperature=(0.1, 0.1), entropy_schedule=(1.0, 1.0))
+    loss = [row["loss"] for row in search.step()]
+    best = p[loss.index(min(loss))]
+    [row] = sweep(discriminator, [a_word(lm)], entropies=(0.2,), kls=(0.1,), restarts=3, steps=4).itertuples()
+    assert row.token == lm.show(int(best.argmax())) and row.probability == pytest.approx(float(best.max()), abs=2e-3)
+
+
+def test_a_sweep_has_a_row_for_each_pair_and_the_same_for_the_same_seed(discriminator):
+    sizes = dict(entropies=(0.0, 0.2), kls=(0.0, 0.1, 0.2), restarts=2, steps=3)
+    found = sweep(discriminator, [a_word(discriminator.lm)], **sizes)
+    assert list(found.columns) == ["entropy_weight", "kl_weight", "phase", "token", "probability"] and len(found) == 6
+    assert found.phase.isin(PHASES).all() and found.probability.between(0, 1).all()
+    assert sweep(discriminator, [a_word(discriminator.lm)], **sizes).equals(found)
+
+
+def test_a_right_label_without_a_token_is_refused(discriminator):
+    with pytest.raises(ValueError, match="is a single token"): sweep(discriminator, ["no such token at all"])
+    with pytest.raises(ValueError, match="give a list of words"): sweep(discriminator, "animal")
+    for none in dict(entropies=[]), dict(kls=[]), dict(restarts=0), dict(steps=0):
+        with pytest.raises(ValueError, match=f"{[*none][0]}: there are 0"): sweep(discriminator, ["a"], **none)
 
 
 @pytest.mark.parametrize("p, phase", [
-    ([0.6, 0.2, 0.2, 0.0], RIGHT), ([0.2, 0.6, 0.2, 0.0], FAVORITE), ([0.0, 0.1, 0.1, 0.8], OTHER),
-    ([0.4, 0.4, 0.2, 0.0], MIXED), ([0.5, 0.5, 0.0, 0.0], RIGHT)])
+    ([0.6, 0.2, 0.2, 0.0], "right label"), ([0.2, 0.6, 0.2, 0.0], "prior's favorite"),
+    ([0.0, 0.1, 0.1, 0.8], "another word"), ([0.4, 0.4, 0.2, 0.0], "superposition"), ([0.5, 0.5, 0.0, 0.0], "right label")])
 def test_the_token_that_has_half_says_how_it_ended(p, phase):
     assert phase_of(torch.tensor(p), right=[0], favorites=[0, 1]) == phase
-
-
-def test_a_sweep_has_a_row_for_each_pair_and_the_same_for_the_same_seed(judge):
-    settings = dict(entropies=(0.0, 0.2), kls=(0.0, 0.1, 0.2), restarts=2, steps=3)
-    word = judge.lm.token(int(judge.lm.admissible.nonzero()[40])).strip()
-    found = sweep(judge, [word], **settings)
-    assert list(found.columns) == ["entropy", "kl", "phase", "token", "probability"] and len(found) == 6
-    assert set(found.phase) <= set(LOOK) and found.probability.between(0, 1).all()
-    assert sweep(judge, [word], **settings).equals(found)
-
-
-def test_the_best_restart_counts(judge, monkeypatch):
-    V = len(judge.log_prior)
-    log_p = torch.full((4, V), -100.0)
-    log_p[range(4), [10, 11, 12, 13]] = 0.0  # two places, two restarts
-    monkeypatch.setattr("tokenlabel.phase.descend", lambda *_: (log_p, torch.tensor([2.0, 1.0, 1.0, 2.0])))
-    monkeypatch.setattr("tokenlabel.phase.spellings", lambda word, lm: [11])
-    found = sweep(judge, ["x"], entropies=(0.1,), kls=(0.0, 0.1), restarts=2)
-    assert found.token.tolist() == [judge.lm.show(11), judge.lm.show(12)] and found.phase[0] == RIGHT
-
-
-def test_a_right_label_without_a_token_is_refused(judge):
-    with pytest.raises(ValueError, match="is a single token"): sweep(judge, ["no such token at all"])
-    with pytest.raises(ValueError, match="give a list of words"): sweep(judge, "animal")
-    word = judge.lm.token(70)
-    for none in dict(entropies=[]), dict(kls=[]), dict(restarts=0), dict(steps=0):
-        with pytest.raises(ValueError, match=f"{[*none][0]}: there are 0"): sweep(judge, [word], **none)
 
 
 def test_maps_are_read_as_they_were_written(tmp_path):
@@ -89,43 +88,44 @@ def test_maps_are_read_as_they_were_written(tmp_path):
     assert load_maps("other/model", file) == {} and load_maps("some/model", tmp_path / "none.json") == {}
 
 
-def test_the_kept_maps_are_of_the_features_of_the_explorer_and_of_the_default_model():
-    from tokenlabel.widgets import FEATURES
-    kept = json.loads(maps_file().read_text())
-    maps = load_maps(kept["lm"])
-    assert kept["lm"] == "SmolLM2-135M-Instruct" and set(maps) == {"animals", "mammals", "Chinese", "numbers"} <= set(FEATURES)
-    for found in maps.values(): assert len(found) == 25 and set(found.phase) <= set(LOOK)
-    assert set().union(*(found.phase for found in maps.values())) == set(LOOK)
-
-
-def test_a_figure_shows_every_place_in_its_color_with_its_token():
-    ax = plot_phase_map(table("·a_very_long_token"), "a feature")
-    texts = [text.get_text() for text in ax.texts]
-    assert len(ax.patches) == 4 and len(texts) == 4 and all("…" in text and "70 %" in text for text in texts)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(LOOK)
-    ax.figure.canvas.draw()
-    page = ax.figure.bbox
-    for artist in (*ax.texts, ax.get_legend(), ax.xaxis.label, ax.yaxis.label):
-        box = artist.get_window_extent()
-        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-    plt.close(ax.figure)
+def test_the_stored_maps_are_of_four_features_and_of_the_default_model():
+    figures = Path(str(files("tokenlabel"))).parent / "figures"
+    stored = json.loads((figures / "phase_map.json").read_text())
+    maps = load_maps("SmolLM2-135M-Instruct")
+    assert stored["lm"] == "SmolLM2-135M-Instruct" and list(maps) == ["animals", "mammals", "Chinese", "numbers"]
+    for found in maps.values(): assert len(found) == 25 and found.phase.isin(PHASES).all()
+    assert {phase for found in maps.values() for phase in found.phase} == set(PHASES)
+    drawn = [title.text for title in ET.parse(figures / "phase_map.svg").iter(f"{SVG}title")]
+    assert drawn == [f"{row.phase}: {row.token}" for found in maps.values() for row in found.itertuples()]
 
 
 def test_the_four_colors_differ_in_lightness():
-    from matplotlib.colors import to_rgb
-    light = sorted(sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), to_rgb(color))) for color, _ in LOOK.values())
+    light = sorted(sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), to_rgb(color))) for color, _ in PHASES.values())
     assert all(b - a > 0.05 for a, b in zip(light, light[1:]))
 
 
-@pytest.mark.parametrize("value, at", [(0.0, 0), (0.1, 1), (0.4, 2), (0.25, 1.5), (9.0, 2), (-1.0, 0)])
-def test_a_place_between_two_tiles_is_in_proportion(value, at): assert place(value, (0.0, 0.1, 0.4)) == pytest.approx(at)
+def test_the_drawing_shows_every_place_in_its_color_with_its_token_and_share():
+    root = ET.fromstring(phase_map_svg(table("<b>&")))
+    texts, tiles = [node.text for node in root.iter(f"{SVG}text")], [*root.iter(f"{SVG}title")]
+    assert texts.count("<b>&") == texts.count("70 %") == len(tiles) == 4 and not [*root.iter(f"{SVG}circle")]
+    assert {*PHASES, "KL weight", "entropy weight", "0", "0.1", "0.4"} <= {*texts}
+    fills = [node.get("fill") for node in root.iter(f"{SVG}rect") if len(node)]
+    assert fills == [fill for fill, _ in PHASES.values()]
+    assert "a_very_lon…" in phase_map_svg(table("a_very_long_token"))
 
 
-def test_the_svg_is_well_formed_and_escaped():
-    root = ET.fromstring(map_svg(table("<b>&"), 0.2, 0.05))
-    texts = [node.text for node in root.iter("text")]
-    assert texts.count("<b>&") == 4 and len(list(root.iter("rect"))) == 4
-    [circle] = root.iter("circle")
+def test_all_parts_of_the_drawing_are_on_the_page():
+    root = ET.fromstring(phase_map_svg(table(), 0.2, 0.05))
     _, _, width, height = map(float, root.get("viewBox").split())
-    assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
-    for name in LOOK: assert name.replace("'", "&#x27;") in map_html(table(), 0.2, 0.05)
+    for node in root.iter():
+        x, y = (float(node.get(name, node.get(f"c{name}", 0))) for name in "xy")
+        assert 0 <= x and x + float(node.get("width", 0)) <= width and 0 <= y and y + float(node.get("height", 0)) <= height
+
+
+@pytest.mark.parametrize("weight, tiles", [(0.0, 0), (0.1, 1), (0.4, 2), (0.25, 1.5), (9.0, 2), (-1.0, 0)])
+def test_the_point_between_two_tiles_is_in_proportion(weight, tiles):
+    places = pd.DataFrame([dict(entropy_weight=w, kl_weight=w, phase="superposition", token="a", probability=0.1)
+                           for w in (0.0, 0.1, 0.4)])
+    x, y = (float(re.search(f'class="tl-here".*? c{axis}="([^"]+)"', phase_map_svg(places, weight, weight))[1]) for axis in "xy")
+    left, bottom = (float(re.search(f'class="tl-here".*? c{axis}="([^"]+)"', phase_map_svg(places, 0, 0))[1]) for axis in "xy")
+    assert (x - left, bottom - y) == pytest.approx((56 * tiles, 56 * tiles), abs=0.1)

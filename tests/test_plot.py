@@ -1,4 +1,4 @@
-"Facts about tokenlabel.plot."
+"The figures of a run and the summary figure: what is on the page, that it is true, and the files."
 import io
 import warnings
 
@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from tokenlabel import plot
+from tokenlabel import plot, summary
 from tokenlabel.score import heldout_table
 
 ODD = ["·中国", "⟨E4 B8⟩", "⏎", "ünï", "·동물", "どうぶつ", "·$a_b$", "$",
@@ -22,7 +22,7 @@ WORDS += [f"·word{i}" for i in range(200)]
 
 @pytest.fixture(autouse=True)
 def no_warning_and_no_open_figure():
-    "A missing glyph, like anything else matplotlib warns of, fails a test."
+    "A missing glyph fails a test, as any warning of matplotlib does."
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -30,7 +30,7 @@ def no_warning_and_no_open_figure():
 
 
 def make_trace(restarts=4, steps=80, words=WORDS, seed=0, noise=0.0):
-    "A trace as the search leaves it: wide at first, collapsed onto one of the first tokens at the end."
+    "A trace as a search gives it: wide at first, collapsed onto one of the first tokens at the end."
     rng = np.random.default_rng(seed)
     rows = []
     for restart in range(restarts):
@@ -83,7 +83,7 @@ VERDICTS = [
     make_verdict(experiment="palindromes", paper="fails (goes to `a`): the evaluator cannot do it, as it cannot spell",
                  labels=[f"·word{i}" for i in range(10)], matches=[False] * 10, share=0, low=0, high=.28,
                  auroc=[.2, .25, .3, .35, .4, .5, .5, .6, .6, .7],
-                 evaluator_auroc=.52, evaluator_low=.4, evaluator_high=.6, verdict="deviates", reason="labels of `$x_1$` ≥ 10 kinds, each met once only"),
+                 evaluator_auroc=.52, evaluator_low=.4, evaluator_high=.6, verdict="deviates", reason="labels of `$x_1$` ≥ 10 kinds, each found once only"),
     make_verdict(experiment="mammals_balanced", form="words", labels=["·a"], matches=[True], auroc=[.5], share=1.0, low=.2,
                  high=1.0, verdict="partly", reason=""),
     *[make_verdict(experiment=f"number {i}", labels=["·animal"] * 20, matches=[True] * 20, auroc=[1 - i / 20] * 20)
@@ -97,8 +97,8 @@ PANELS = {"losses": lambda ax=None: plot.plot_losses(TRACE, ax=ax),
 FIGURES = {**{name: (lambda draw=draw: draw().figure) for name, draw in PANELS.items()},
            "result": lambda: plot.plot_result(TRACE, RANKING, HELDOUT, title="a label for 动物"),
            "four": lambda: plot.plot_result(TRACE, RANKING),
-           "summary": lambda: plot.plot_summary(VERDICTS),
-           "one row": lambda: plot.plot_summary([make_verdict(labels=["·animal"], matches=[True], auroc=[.5])])}
+           "summary": lambda: summary.plot_summary(VERDICTS),
+           "one row": lambda: summary.plot_summary([make_verdict(labels=["·animal"], matches=[True], auroc=[.5])])}
 
 
 def texts(fig):
@@ -165,13 +165,14 @@ def test_constant_and_tied_tables_can_be_drawn():
 
 # --- that it is true
 
-def test_rings_are_what_the_best_restarts_top_token_is_worth_alone():
+def test_rings_are_the_accuracy_loss_of_the_best_restarts_top_discrete_label():
     best = plot.best_restart(TRACE)
     alone = TRACE.accuracy_loss.where(TRACE.step % 5 == 0) + 0.2
-    ax = plot.plot_losses(TRACE.assign(hard_accuracy_loss=alone))
+    ax = plot.plot_losses(TRACE.assign(discrete_accuracy_loss=alone))
     [rings] = [line for line in ax.lines if line.get_marker() == "o"]
     shown = alone[TRACE.restart == best].dropna()
     assert rings.get_ydata().tolist() == shown.tolist() and len(shown) < (TRACE.restart == best).sum()
+    assert ax.get_legend().get_texts()[0].get_text() == "accuracy loss of the top discrete label"
     assert not [line for line in plot.plot_losses(TRACE).lines if line.get_marker() == "o"]
 
 
@@ -180,7 +181,7 @@ def test_losses_are_those_of_the_trace_and_the_best_restart_is_bold():
     trace.loc[(trace.restart == 2) & (trace.step == trace.step.max()), "loss"] = 0
     assert plot.best_restart(trace) == 2
     ax = plot.plot_losses(trace)
-    lines = [line for line in ax.lines if line.get_color() == plot.BLACK and len(line.get_xdata()) == 80]
+    lines = [line for line in ax.lines if line.get_color() == "black" and len(line.get_xdata()) == 80]
     assert len(lines) == 4
     bold, = [line for line in lines if line.get_linewidth() >= 2]
     assert bold.get_ydata().tolist() == trace[trace.restart == 2].loss.tolist()
@@ -199,18 +200,23 @@ def test_tokens_that_look_the_same_are_one_line():
     assert plot.plot_tokens(trace).lines[0].get_ydata().tolist() == [.75, .75]
 
 
-def test_top_tokens_are_those_that_ever_reached_most():
-    table = plot._token_table(TRACE[TRACE.restart == 0], 3)
-    every = plot._token_table(TRACE[TRACE.restart == 0], 8)
-    assert set(table) == set(every.max().nlargest(3).index)
+def test_top_tokens_are_the_eight_with_the_highest_peaks_of_the_best_restart():
+    run, peaks = TRACE[TRACE.restart == plot.best_restart(TRACE)], {}
+    for tokens, probabilities in zip(run.tokens, run.probabilities):
+        for token, p in zip(tokens, probabilities): peaks[token] = max(p, peaks.get(token, 0))
+    ax = plot.plot_tokens(TRACE)
+    assert sorted(line.get_ydata().max() for line in ax.lines[:8]) == sorted(peaks.values())[-8:]
+    assert "Tokens with the 8 highest peaks, best restart" in shown(plot.plot_result(TRACE, RANKING))
 
 
 def test_names_at_the_ends_are_in_the_order_of_the_ends():
-    fig = plot.plot_tokens(TRACE).figure
-    table = plot._token_table(TRACE[TRACE.restart == plot.best_restart(TRACE)], 8)
-    height = {t.get_text(): t.get_window_extent().y0 for t in texts(fig)}
-    names = [n for n in table if n in height]
-    assert len(names) >= 7 and names == sorted(names, key=lambda n: -height[n])
+    ax = plot.plot_tokens(TRACE)
+    ax.figure.savefig(io.BytesIO())
+    leaders = ax.lines[8:]
+    ends = [line.get_ydata()[-1] for line in ax.lines[:8]]
+    assert np.round(ends, 3).tolist() == sorted(np.round(ends, 3), reverse=True)
+    assert [round(line.get_ydata()[-1], 9) for line in leaders] == sorted(round(line.get_ydata()[-1], 9) for line in leaders)
+    assert [t.get_text() for t in ax.texts][-1] == TRACE[TRACE.restart == plot.best_restart(TRACE)].tokens.iloc[-1][0]
 
 
 @pytest.mark.parametrize("y, low, high", [
@@ -222,9 +228,7 @@ def test_spread_names_keep_their_distance(y, low, high):
 
 
 def test_plane_names_the_label_the_runners_up_and_the_favorites_of_the_prior():
-    names = plot._worth_naming(RANKING)
-    assert names[0] == RANKING.token[0] and set(RANKING.token[:6]) <= set(names)
-    assert set(RANKING.nsmallest(3, "kl").token) <= set(names) and len(names) <= 9
+    names = {*RANKING.token[:6], *RANKING.nsmallest(3, "kl").token}
     ax = plot.plot_plane(TRACE, RANKING)
     drawn = [t for t in ax.texts if t.get_visible()]
     assert drawn[0].get_text() == RANKING.token[0] and len(drawn) >= 7
@@ -266,8 +270,9 @@ def test_chance_is_at_one_half_and_heldout_points_are_the_values():
     chance = [line for line in plot.plot_accuracy(TRACE).lines if line.get_linestyle() == ":"]
     assert chance[0].get_ydata().tolist() == [0.5, 0.5]
     ax = plot.plot_heldout(HELDOUT)
-    hard = [line for line in ax.lines if line.get_marker() == "o"][0]
-    assert hard.get_xdata().tolist() == HELDOUT[HELDOUT.label == "hard"].value.tolist()
+    points = [line for line in ax.lines if line.get_marker() == "o"][0]
+    assert points.get_xdata().tolist() == HELDOUT[HELDOUT.label == "discrete"].value.tolist()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["discrete label", "soft label", "chance"]
     bars = HELDOUT[HELDOUT.label == "chance"]
     np.testing.assert_allclose([(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches], bars[["low", "high"]])
 
@@ -284,7 +289,7 @@ def test_token_lines_differ_without_color_and_lead_to_their_names_in_their_own_d
 # --- the summary
 
 def test_every_row_of_a_summary_is_shown_with_its_numbers():
-    fig = plot.plot_summary(VERDICTS)
+    fig = summary.plot_summary(VERDICTS)
     words, (shares, scores) = [t.get_text() for t in texts(fig)], fig.axes
     names = ["animals", "Chinese", "palindromes", "balanced", "number 0", "number 1"]
     assert [words.count(name) for name in names] == [1] * len(VERDICTS) and "⟨⟩" not in words
@@ -299,7 +304,7 @@ def test_every_row_of_a_summary_is_shown_with_its_numbers():
 
 
 def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_the_evaluator():
-    fig = plot.plot_summary(VERDICTS)
+    fig = summary.plot_summary(VERDICTS)
     fig.canvas.draw()
     scores, edges = fig.axes[1], sorted({line.get_ydata()[0] for line in fig.artists if isinstance(line, Line2D)})
     dots = [line for line in scores.lines if line.get_marker() == "o"]
@@ -316,24 +321,24 @@ def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_the_evaluator(
 
 
 def test_a_verdict_is_a_word_and_a_symbol_of_its_own():
-    symbols, colors = zip(*plot.VERDICTS.values())
+    symbols, colors = zip(*summary.VERDICTS.values())
     assert len(set(symbols)) == len(set(colors)) == 3
-    for verdict, (symbol, _) in plot.VERDICTS.items():
-        words = shown(plot.plot_summary([make_verdict(verdict=verdict)]))
-        assert words & {*plot.VERDICTS, *symbols} == {verdict, symbol}
+    for verdict, (symbol, _) in summary.VERDICTS.items():
+        words = shown(summary.plot_summary([make_verdict(verdict=verdict)]))
+        assert words & {*summary.VERDICTS, *symbols} == {verdict, symbol}
 
 
 def test_labels_of_a_summary_are_counted_ticked_and_shortened():
-    words = shown(plot.plot_summary(VERDICTS[:1]))
+    words = shown(summary.plot_summary(VERDICTS[:1]))
     assert {"·animal 8/10 ✓", "·animals 2/10"} <= words
     labels = ["·b", "·a", " a", "·c", "·d", "·" + "W" * 60 + "ing"]
-    words = shown(plot.plot_summary([make_verdict(labels=labels, matches=[False] * 5 + [True], auroc=[.9] * 6)]))
+    words = shown(summary.plot_summary([make_verdict(labels=labels, matches=[False] * 5 + [True], auroc=[.9] * 6)]))
     long, = [w for w in words if w.startswith("·W")]
     assert "…" in long and long.endswith("ng 1/6 ✓") and {"·a 2/6", "+ 3 others"} <= words
 
 
 def test_texts_of_a_summary_stay_beside_their_dots_where_a_notebook_crops_the_page():
-    fig, pictures = plot.plot_summary(VERDICTS[:2]), []
+    fig, pictures = summary.plot_summary(VERDICTS[:2]), []
     for box in (None, Bbox([[1, 0], [6, fig.get_figheight()]])):
         fig.savefig(buffer := io.BytesIO(), dpi=100, bbox_inches=box)
         pictures.append(plt.imread(io.BytesIO(buffer.getvalue())))
@@ -342,7 +347,7 @@ def test_texts_of_a_summary_stay_beside_their_dots_where_a_notebook_crops_the_pa
 
 
 def test_the_legend_of_a_summary_is_below_the_rows():
-    fig = plot.plot_summary(VERDICTS)
+    fig = summary.plot_summary(VERDICTS)
     fig.canvas.draw()
     box = fig.legends[0].get_window_extent()
     assert 0 <= box.y0 and box.y1 <= min(ax.bbox.y0 for ax in fig.axes) and box.x1 < fig.axes[0].bbox.x0
@@ -352,7 +357,7 @@ def test_the_legend_of_a_summary_is_below_the_rows():
 
 @pytest.mark.parametrize("x", [[.5] * 20, [0, .1, .2, 1, 1.1, 5], np.linspace(3, 0, 20)], ids=["tied", "few", "dense"])
 def test_a_swarm_keeps_its_dots_apart_and_close_to_the_line(x):
-    y = plot._swarm(np.array(x, dtype=float), 1)
+    y = summary._swarm(np.array(x, dtype=float), 1)
     assert all(np.hypot(x[i] - x[j], y[i] - y[j]) >= 1 - 1e-9 for i in range(len(x)) for j in range(i))
     assert np.abs(y).max() <= len(x) / 2
 
@@ -375,47 +380,49 @@ def test_a_result_is_not_kept_open_by_pyplot():
 # --- files
 
 def test_saved_twice_the_same_bytes_whatever_the_user_has_set(tmp_path):
-    first = plot.save_figure(FIGURES["result"](), tmp_path / "one")
+    one = plot.save_figure(FIGURES["result"](), tmp_path / "one", pdf=True)
     with plt.rc_context({"font.size": 20, "axes.grid": True, "lines.linewidth": 9, "savefig.bbox": "tight",
                          "pdf.fonttype": 3, "axes.facecolor": "black", "font.family": "serif", "savefig.dpi": 30}):
-        second = plot.save_figure(FIGURES["result"](), tmp_path / "two")
-    assert [p.name for p in first] == ["one.pdf", "one.png"]
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+        two = plot.save_figure(FIGURES["result"](), tmp_path / "two.png", pdf=True)
+    assert (one, two) == (tmp_path / "one.png", tmp_path / "two.png")
+    for suffix in (".png", ".pdf"): assert one.with_suffix(suffix).read_bytes() == two.with_suffix(suffix).read_bytes()
 
 
 def test_pdf_has_truetype_fonts_and_no_date_and_png_has_200_dpi(tmp_path):
-    pdf, png = plot.save_figure(plot.plot_tokens(TRACE).figure, tmp_path / "tokens")
-    content = pdf.read_bytes()
+    png = plot.save_figure(plot.plot_tokens(TRACE).figure, tmp_path / "tokens", pdf=True)
+    content = png.with_suffix(".pdf").read_bytes()
     assert b"/FontFile2" in content and b"/Type3" not in content and b"Date" not in content
     height, width, _ = plt.imread(png).shape
     assert (width, height) == (round(200 * plot.WIDTH), round(200 * plot.HEIGHT))
     assert b"Software" not in png.read_bytes()
 
 
-def test_a_dot_in_the_name_stays_and_the_folder_is_made(tmp_path):
-    paths = plot.save_figure(plot.plot_accuracy(TRACE).figure, tmp_path / "new" / "v1.2")
-    assert paths == [tmp_path / "new" / "v1.2.pdf", tmp_path / "new" / "v1.2.png"] and all(p.exists() for p in paths)
+def test_the_palette_of_a_png_keeps_the_colors(tmp_path):
+    fig = FIGURES["result"]()
+    saved = plt.imread(plot.save_figure(fig, tmp_path / "a"))[..., :3]
+    fig.savefig(buffer := io.BytesIO(), dpi=200)
+    buffer.seek(0)
+    assert np.abs(saved - plt.imread(buffer)[..., :3]).mean() < 0.001
 
 
-def test_nothing_half_written_on_error(tmp_path, monkeypatch):
+def test_one_png_a_dot_in_the_name_stays_and_the_folder_is_made(tmp_path):
+    path = plot.save_figure(plot.plot_accuracy(TRACE).figure, tmp_path / "new" / "v1.2")
+    assert path == tmp_path / "new" / "v1.2.png" and [*path.parent.iterdir()] == [path]
+
+
+def test_nothing_is_written_on_error(tmp_path, monkeypatch):
     fig, savefig = plot.plot_accuracy(TRACE).figure, matplotlib.figure.Figure.savefig
-    before = [p.read_bytes() for p in plot.save_figure(fig, tmp_path / "a")]
+    before = plot.save_figure(fig, tmp_path / "a", pdf=True).read_bytes()
 
     def fails(self, *args, format, **kw):
-        if format == "png": raise OSError("disk full")
+        if format == "pdf": raise OSError("disk full")
         return savefig(self, *args, format=format, **kw)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fails)
     for stem in (tmp_path / "a", tmp_path / "new" / "b"):
-        with pytest.raises(OSError, match="disk full"): plot.save_figure(plot.plot_losses(TRACE).figure, stem)
+        with pytest.raises(OSError, match="disk full"): plot.save_figure(plot.plot_losses(TRACE).figure, stem, pdf=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pdf", "a.png"]
-    assert [(tmp_path / name).read_bytes() for name in ("a.pdf", "a.png")] == before
-
-
-def test_no_leftovers_when_writing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
-    with pytest.raises(PermissionError): plot.save_figure(plot.plot_accuracy(TRACE).figure, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
+    assert (tmp_path / "a.png").read_bytes() == before
 
 
 # --- bad input
@@ -424,18 +431,17 @@ def test_no_leftovers_when_writing_fails(tmp_path, monkeypatch):
     (lambda: plot.plot_losses(TRACE.drop(columns="kl")), "the trace has no column kl"),
     (lambda: plot.plot_losses(TRACE[:0]), "no rows"),
     (lambda: plot.plot_losses(TRACE.assign(kl=np.nan)), "nan in column kl, row 0"),
-    (lambda: plot.plot_tokens(TRACE, restart=9), "no restart 9 in the trace; it has 0, 1, 2, 3"),
-    (lambda: plot.plot_tokens(TRACE, top=0), "from 1 to 8"),
+    (lambda: plot.plot_tokens(TRACE.drop(columns="tokens")), "the trace has no column tokens"),
     (lambda: plot.plot_plane(TRACE, RANKING, annotate=["·nowhere"]), "not in the ranking: ·nowhere"),
     (lambda: plot.plot_plane(TRACE, RANKING.drop(columns="token")), "the ranking has no column token"),
     (lambda: plot.plot_heldout(HELDOUT.assign(label="other")), "'other'"),
-    (lambda: plot.plot_summary([]), "no verdicts"),
-    (lambda: plot.plot_summary([make_verdict(), {"form": "words"}]), "row 1 of the verdicts has no experiment, paper"),
-    (lambda: plot.plot_summary([make_verdict(verdict="fine")]), "animals, running text.*'fine'; it is one of"),
-    (lambda: plot.plot_summary([make_verdict(auroc=[.9] * 9)]), "10 labels, 10 matches and 9 AUROCs"),
-    (lambda: plot.plot_summary([make_verdict(labels=[], matches=[], auroc=[])]), "0 labels"),
-    (lambda: plot.plot_summary([make_verdict(auroc=[.9] * 9 + [np.nan])]), "auroc .*nan.* from 0 to 1"),
-    (lambda: plot.plot_summary([make_verdict(low=.9)]), "share 0.8 outside its interval"),
+    (lambda: summary.plot_summary([]), "no verdicts"),
+    (lambda: summary.plot_summary([make_verdict(), {"form": "words"}]), "row 1 of the verdicts has no experiment, paper"),
+    (lambda: summary.plot_summary([make_verdict(verdict="fine")]), "animals, running text.*'fine'; it is one of"),
+    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9)]), "10 labels, 10 matches and 9 AUROCs"),
+    (lambda: summary.plot_summary([make_verdict(labels=[], matches=[], auroc=[])]), "0 labels"),
+    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9 + [np.nan])]), "auroc .*nan.* from 0 to 1"),
+    (lambda: summary.plot_summary([make_verdict(low=.9)]), "share 0.8 outside its interval"),
 ])
 def test_bad_input_is_refused_with_the_reason(call, message):
     with pytest.raises(ValueError, match=message): call()

@@ -85,10 +85,36 @@ def test_results_in_the_readme_are_those_of_the_figures():
     assert table.strip() in (ROOT / "README.md").read_text(), "run index.ipynb again, then `make export`"
 
 
-def test_links_in_the_readme_lead_somewhere():
-    links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', (ROOT / "README.md").read_text())
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+def pages():
+    "All text for people, with the place of each."
+    for path in ("README.md", "CONTRIBUTING.md"): yield ROOT / path, (ROOT / path).read_text()
+    for path in NOTEBOOKS:
+        cells = nbformat.read(ROOT / path, as_version=4).cells
+        yield ROOT / path, "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def test_links_lead_somewhere():
+    missing = []
+    for path, text in pages():
+        for link in re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
+            if "://" not in link and not (path.parent / link).exists(): missing.append(f"{path.relative_to(ROOT)}: {link}")
     assert missing == []
+
+
+def test_readme_shows_before_it_tells():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("## "))
+    assert first <= 37 and any("```python" in line for line in lines[:first]) and any("![" in line for line in lines[:first])
+
+
+def test_notebooks_are_light():
+    assert sum((ROOT / path).stat().st_size for path in NOTEBOOKS) < 2_500_000
+    for path in NOTEBOOKS:
+        nb = nbformat.read(ROOT / path, as_version=4)
+        assert "widgets" not in nb.metadata, f"{path} carries the state of widgets"
+        pictures = [output for cell in nb.cells for output in cell.get("outputs", [])
+                    if any(kind.startswith("image/") for kind in output.get("data", {}))]
+        if path in EXPERIMENTS: assert not pictures, f"{path} repeats a committed figure"
 
 
 def run_lesson(copy, path):
@@ -106,17 +132,17 @@ def check_lesson(copy, path):
     assert status == 0 and said.rstrip().endswith("Success."), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_lesson_runs(copy, path): check_lesson(copy, path)
 
 
-# As little of a study as goes through all of its cells. (That of long labels takes minutes even so, and the plan for a
-# million features computes with the default model.)
-SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"]),
-         "phase_map": dict(quick=True), "prompts": dict(quick=True), "search": dict(quick=True),
-         "questions": dict(quick=True), "settings": dict(quick=True)}
+# As little of a study as goes through all of its cells. (The plan for a million features computes with the default model.)
+SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"])}
+SMALL |= {name: dict(quick=True) for name in ("cost", "long_labels", "phase_map", "prompts", "search", "questions", "settings")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
     path = Path("nbs/studies") / f"{name}.ipynb"
@@ -139,7 +165,7 @@ def test_papermill_reads_every_parameter_of_an_experiment(path):
     read = papermill.inspect_notebook(ROOT / path)
     assert set(read) == written, "every line of the cell is `name: type = value   # what it is`"
     assert all(parameter["help"] for parameter in read.values())
-    assert {"figures", "runs", "seeds", "quick", "lm"} <= written
+    assert {"figures", "runs", "seeds", "quick", "lm", "settings"} <= written
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +199,7 @@ def test_constraints_pin_versions_that_settings_allow(settings):
 
 
 def test_modules_import_only_what_settings_require(settings):
-    names = {"sklearn": "scikit-learn"}
+    names = {"PIL": "pillow"}
     required = {canonicalize_name(Requirement(text).name) for text in settings["requirements"].split()}
     # Parts of Jupyter that ipykernel and papermill cannot do without.
     required |= {"ipython", "jupyter-client", "nbclient", "traitlets"}
@@ -184,28 +210,6 @@ def test_modules_import_only_what_settings_require(settings):
             if isinstance(node, ast.ImportFrom) and not node.level: modules = [node.module]
             for module in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"tokenlabel"}:
                 assert canonicalize_name(names.get(module, module)) in required, f"{path.name} imports {module}"
-
-
-def test_make_passes_on_what_it_is_given(copy):
-    shown = make("-n", "reproduce", "QUICK=1", "SEEDS=3", "EXPERIMENTS=animals numbers", cwd=copy)
-    assert shown.splitlines()[-1].endswith("tokenlabel reproduce animals numbers --seeds 3 --quick")
-    assert make("-n", "reproduce", cwd=copy).splitlines()[-1].endswith("tokenlabel reproduce")
-    for target in ("reproduce", "test", "workshop", "export"): assert f"make {target}" in make(cwd=copy), "make alone is make help"
-
-
-def test_make_workshop_passes_on_where_to_serve(copy):
-    assert make("-n", "workshop", cwd=copy).splitlines()[-1].endswith("tokenlabel workshop")
-    shown = make("-n", "workshop", "PORT=9000", "BIND=0.0.0.0", "PUBLIC=1", cwd=copy).splitlines()[-1]
-    assert shown.endswith("tokenlabel workshop --host 0.0.0.0 --port 9000 --public")
-
-
-def test_make_test_goes_on_without_a_browser_and_says_so(copy):
-    (copy / "bin").mkdir()
-    for name in ("bash", "echo", "test", "id"): (copy / "bin" / name).symlink_to(shutil.which(name))
-    make_path = shutil.which("make")
-    done = subprocess.run([make_path, "browser", f"SHELL={shutil.which('bash')}"], cwd=copy, capture_output=True, text=True,
-                          env={"PATH": str(copy / "bin")})
-    assert done.returncode == 0 and "tests in a browser will be skipped" in done.stdout
 
 
 def test_make_without_a_fitting_python_says_so(copy):

@@ -1,4 +1,4 @@
-"Facts about tokenlabel.score."
+"Scores of a label: values, intervals, chance."
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,11 +17,11 @@ def binormal(n_active, n_inactive, shift, seed, threshold=0.0):
 
 
 # few distinct logits, so that ties are common
-units = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
+examples = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
     lambda rows: len({active for _, active in rows}) == 2)
 
 
-@given(units)
+@given(examples)
 @settings(max_examples=100, deadline=None)
 def test_values_equal_sklearn(rows):
     z, active = np.array([r[0] for r in rows], dtype=float), np.array([r[1] for r in rows])
@@ -33,7 +33,7 @@ def test_values_equal_sklearn(rows):
     assert value["accuracy_inactive"] == pytest.approx(metrics.recall_score(active, fires, pos_label=0))
 
 
-@given(units)
+@given(examples)
 @settings(max_examples=50, deadline=None)
 def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(rows):
     a = [z for z, active in rows if active]
@@ -42,7 +42,7 @@ def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(rows):
     assert auroc([z for z, _ in rows], [active for _, active in rows]) == pytest.approx(np.mean(pairs))
 
 
-@given(units, st.integers(0, 9))
+@given(examples, st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_auroc_of_many_labels_at_once_is_that_of_each(rows, seed):
     active = [active for _, active in rows]
@@ -50,7 +50,7 @@ def test_auroc_of_many_labels_at_once_is_that_of_each(rows, seed):
     assert auroc(z, active).tolist() == [[auroc(row, active) for row in part] for part in z]
 
 
-@given(units, st.integers(0, 9))
+@given(examples, st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_every_resample_has_both_classes(rows, seed):
     z, active = np.array([r[0] for r in rows], dtype=float), np.array([r[1] for r in rows])
@@ -73,18 +73,18 @@ def test_auroc_ignores_the_bias_and_decisions_do_not():
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
-    # two unit normals a shift s apart have AUROC Phi(s / sqrt 2), and Phi(s / 2) of each class is right of the middle.
-    # The percentile bootstrap covers a little less than it says on few units: some .93 with 50 in each class.
+    # Two unit normals a shift s apart have AUROC Phi(s / sqrt 2) and accuracy Phi(s / 2) in each class.
+    # The percentile bootstrap covers slightly less than its level on few examples: .93 with 50 in each class.
     truth = {"auroc": 0.8555, "accuracy_active": 0.7734, "accuracy_inactive": 0.7734, "balanced_accuracy": 0.7734}
     inside = pd.Series(0, index=list(truth))
-    for seed in range(300):
+    for seed in range(200):
         z, activation = binormal(50, 50, 1.5, seed, threshold=0.75)
         table = score(z, activation, n_bootstrap=200, seed=seed).set_index("metric")
         for name, value in truth.items(): inside[name] += table.low[name] <= value <= table.high[name]
-    assert ((inside >= 0.86 * 300) & (inside <= 0.99 * 300)).all(), inside
+    assert ((inside >= 0.86 * 200) & (inside <= 0.99 * 200)).all(), inside
 
 
-def test_copies_of_a_unit_are_no_evidence_when_grouped():
+def test_copies_of_an_example_are_no_evidence_when_grouped():
     z, activation = binormal(30, 30, 1.0, seed=3)
     once, ten = score(z, activation), np.repeat(np.arange(60), 10)
     grouped, naive = score(z[ten], activation[ten], groups=ten), score(z[ten], activation[ten])
@@ -115,13 +115,12 @@ def test_same_seed_same_table_and_the_global_generator_is_left_alone():
     assert not first.equals(score(z, activation, seed=2))
 
 
-def test_more_units_than_fit_in_one_part_give_the_same_table(monkeypatch):
+def test_more_samples_than_fit_in_one_part_of_memory():
     z, activation = binormal(30, 30, 1.0, seed=7)
-    whole, luck = score(z, activation), chance(activation)
-    monkeypatch.setattr("tokenlabel.score._parts", lambda n, size: [n // 2, n - n // 2])
-    for a, b, columns in ((score(z, activation), whole, ["value"]), (chance(activation), luck, ["value"])):
-        pd.testing.assert_frame_equal(a[columns], b[columns])
-        np.testing.assert_allclose(a[["low", "high"]], b[["low", "high"]], atol=0.05)
+    for once, parts in ((score(z, activation), score(z, activation, n_bootstrap=70_000)),
+                        (chance(activation), chance(activation, n_samples=70_000))):
+        pd.testing.assert_series_equal(once.value, parts.value)
+        np.testing.assert_allclose(once[["low", "high"]], parts[["low", "high"]], atol=0.05)
 
 
 def test_chance_is_what_random_scorers_get():
@@ -134,7 +133,7 @@ def test_chance_is_what_random_scorers_get():
     assert (inside > 0.9).all(), inside
 
 
-def test_chance_is_wider_where_units_share_a_type():
+def test_chance_is_wider_where_examples_share_a_type():
     activation = np.repeat([1.0, 0.0], 60)
     alone, shared = chance(activation), chance(activation, groups=np.arange(120) // 6)
     assert ((shared.high - shared.low) > 1.5 * (alone.high - alone.low)).all()
@@ -146,9 +145,9 @@ def test_heldout_table_is_tidy_and_made_of_its_parts():
     table = heldout_table(z, z / 2, activation, groups, seed=3)
     assert list(table.columns) == ["label", "metric", "value", "low", "high"] and list(table.index) == list(range(15))
     parts = {name: part.drop(columns="label").reset_index(drop=True) for name, part in table.groupby("label")}
-    pd.testing.assert_frame_equal(parts["hard"], score(z, activation, groups=groups, seed=3))
+    pd.testing.assert_frame_equal(parts["discrete"], score(z, activation, groups=groups, seed=3))
     pd.testing.assert_frame_equal(parts["chance"], chance(activation, groups=groups, seed=3))
-    pd.testing.assert_frame_equal(parts["soft"], parts["hard"])          # halving z changes no order and no sign
+    pd.testing.assert_frame_equal(parts["soft"], parts["discrete"])          # halving z changes no order and no sign
 
 
 def test_tensors_are_taken_as_they_are():
@@ -157,15 +156,17 @@ def test_tensors_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("z, activation, options, message", [
-    ([1, 2], [1, 1], {}, "of 2 units 2 are active"),
-    ([1, 2], [0.2, 0], {}, "of 2 units 0 are active"),
-    ([], [], {}, "of 0 units"),
-    ([1, 2, 3], [1, 0], {}, "each of the 2 units"),
-    ([1, np.nan], [1, 0], {}, "unit 1 it is nan"),
-    ([1, np.inf], [1, 0], {}, "unit 1 it is inf"),
-    ([1, 2], [1, np.nan], {}, "NaN at unit 1"),
+    ([1, 2], [1, 1], {}, "of 2 examples 2 are active"),
+    ([1, 2], [0.2, 0], {}, "of 2 examples 0 are active"),
+    ([], [], {}, "of 0 examples"),
+    ([1, 2, 3], [1, 0], {}, "each of the 2 examples"),
+    ([], [1, 0], {}, "each of the 2 examples"),
+    ([[1, 2]], [1, 0], {}, "a vector of 2 values"),
+    ([1, np.nan], [1, 0], {}, "example 1 it is nan"),
+    ([1, np.inf], [1, 0], {}, "example 1 it is inf"),
+    ([1, 2], [1, np.nan], {}, "NaN at example 1"),
     ([1, 2], [1, 5], {}, "lie in"),
-    ([[1, 2]], [[1, 0]], {}, "one value per unit"),
+    ([[1, 2]], [[1, 0]], {}, "one value per example"),
     ([1, 2], [1, 0], {"groups": ["a"]}, "it has 1"),
     ([1, 2], [1, 0], {"n_bootstrap": 0}, "at least one resample"),
     ([1, 2], [1, 0], {"level": 95}, "between 0 and 1"),

@@ -1,506 +1,438 @@
-"""The oracle: true bounds, exact ranks, killed and continued; and its rivals, who pay for all that they ask."""
-import gc
-import json
+"""The search: schedule, draws, the one step for any number of rows and features, and when to stop."""
 import math
-import weakref
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-import transformers
-from conftest import make_tiny_lm, tiny_model, tiny_tokenizer
+from conftest import make_tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_optimize import TEXTS, WORDS
-from tokenizers import Tokenizer
+from test_rank import ACTIVE, FEATURES, INACTIVE, KINDS, SENTENCES, make
 
-import tokenlabel.search as module
-from tokenlabel.direct import direct
-from tokenlabel.discriminator import Channel, channel
-from tokenlabel.feature import Feature, tokenize
-from tokenlabel.lm import load_lm
-from tokenlabel.objective import LossWeights, balanced_bce, class_weights, fit_bias
-from tokenlabel.optimize import label_feature, rank_labels
-from tokenlabel.search import (RIVALS, Meter, Oracle, Stage, Task, accuracy_bound, count_positions, flips, label_ids,
-                               make_stages, oracle, plot_races, pmi, race, race_all, race_table, rank_in, read_progress,
-                               regret, with_regret, word_table)
+from tokenlabel.channel import channel
+from tokenlabel.feature import Feature
+from tokenlabel.objective import class_weights, objective
+from tokenlabel.prompts import Question
+from tokenlabel.search import (NUMBERS, Search, draw_balanced, draw_groups, has_collapsed, initial_v, make_discriminator,
+                               replace_slots, round_trips, schedule, step, top_first_order, top_labels)
+from tokenlabel.settings import Settings
+from tokenlabel.softlabel import embed_softlabel, log_softlabel
+from tokenlabel.tokenize import tokenize
 
-FEATURES = {"words": WORDS, "texts": TEXTS}
-HEAVY = LossWeights(kl=0.2)  # a random model tells labels apart by their KL more than by anything else
+few = settings(max_examples=60, deadline=None)
+LOSSES = ("loss", "accuracy_loss", "entropy", "kl", "discrete_accuracy_loss", "accuracy_active", "accuracy_inactive")
 
 
-def judge_of(feature, family="llama", heldout=0.3, seed=0) -> Channel:
-    lm = make_tiny_lm(family)
-    return channel(lm, tokenize(feature, lm, feature.heldout_types(heldout, seed) if heldout else frozenset()))
+def random(seed: int = 0) -> torch.Generator: return torch.Generator().manual_seed(seed)
 
 
-def ask(feature, family="llama", **options) -> Oracle:
-    return oracle(feature, make_tiny_lm(family), **(dict(progress=False) | options))
+def same_rows(rows, others, abs=2e-3):
+    "Whether two parts of a trace are equal up to rounding."
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys() and row["tokens"][0] == other["tokens"][0]
+        for name in ("step", "restart", "temperature", "entropy_weight"): assert row[name] == other[name]
+        for name in LOSSES: assert row[name] == pytest.approx(other[name], abs=abs, nan_ok=True), name
+        assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-3)
 
 
-@lru_cache
-def by_hand(feature, family="llama", weights=LossWeights()) -> pd.DataFrame:
-    "The loss of each label, by `rank_labels`."
-    judge = judge_of(feature, family)
-    return rank_labels(judge, judge.lm.admissible.nonzero()[:, 0].tolist(), weights)[0].set_index("token_id")
+def same_search(one, other):
+    "Whether two searches are in the same state. Adam lets rounding errors grow, but a step moves v by up to 0.5."
+    assert one.done == other.done and torch.equal(one.generator.get_state(), other.generator.get_state())
+    assert (one.v - other.v).abs().max() < 1e-2
+    shared = one.candidates.items() & other.candidates.items()  # a label may take the place of one that is as good
+    assert len(shared) >= 0.98 * max(len(one.candidates), len(other.candidates))
 
 
-# --- the oracle -------------------------------------------------------------------------------------------------------
+# --- schedule and start -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3"))
-def test_every_loss_is_that_of_the_label_scored_by_itself(name, family):
-    table = ask(FEATURES[name], family, top=None).ranking.set_index("token_id")
-    expected = by_hand(FEATURES[name], family)
-    assert table.exact.all() and set(table.index) == set(expected.index)
-    for column in ("loss", "accuracy_loss", "kl", "end"):
-        np.testing.assert_allclose(table[column], expected[column][table.index], atol=1e-4, rtol=0)
-    assert table.loss.is_monotonic_increasing
+@given(st.integers(2, 300), st.floats(0.1, 10), st.floats(0.01, 1), st.floats(0, 1))
+@few
+def test_the_schedule_goes_from_its_first_values_to_its_last_and_never_back(steps, first, share, start):
+    options = Settings(steps=steps, temperature=(first, first * share), entropy_schedule=(start, 1.0))
+    points = [schedule(step, options) for step in range(steps)]
+    assert points[0] == pytest.approx((first, start)) and points[-1] == pytest.approx((first * share, 1))
+    for (t, w), (next_t, next_w) in zip(points, points[1:]): assert next_t <= t * (1 + 1e-12) and next_w >= w
+    ratios = [b[0] / a[0] for a, b in zip(points, points[1:])]
+    assert ratios == pytest.approx([share ** (1 / (steps - 1))] * (steps - 1))  # the same factor at each step
 
 
-@pytest.mark.parametrize("weights", [LossWeights(), HEAVY, LossWeights(kl=0.0), LossWeights(active=None),
-                                     LossWeights(accuracy=3.0, active=0.8)], ids=str)
-@pytest.mark.parametrize("name", FEATURES)
-def test_the_first_ranks_are_exact_and_no_bound_is_above_the_loss(name, weights):
-    expected = by_hand(FEATURES[name], weights=weights)
-    for top in (1, 7) if weights == HEAVY else (3,):
-        table = ask(FEATURES[name], weights=weights, top=top).ranking
-        first, rest = table[:top], table[top:].set_index("token_id")
-        assert first.exact.all()
-        np.testing.assert_allclose(first.loss, expected.loss.sort_values()[:top], atol=1e-4, rtol=0)
-        assert first.auroc_fit.tolist() == pytest.approx(expected.auroc_fit[first.token_id].tolist())
-        assert first.auroc_heldout.tolist() == pytest.approx(expected.auroc_heldout[first.token_id].tolist())
-        assert (rest.loss <= expected.loss[rest.index] + 1e-4).all()
-        assert (rest.loss >= first.loss.max() - 1e-4).all()
-        np.testing.assert_allclose(rest.loss[rest.exact], expected.loss[rest.index][rest.exact], atol=1e-4, rtol=0)
+def test_a_schedule_of_one_step_is_its_beginning():
+    assert schedule(0, Settings(steps=1)) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_bounds_save_work(name, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 16)
-    everything = ask(FEATURES[name], weights=HEAVY, top=None)
-    first = ask(FEATURES[name], weights=HEAVY, top=1)
-    with count_positions(make_tiny_lm("llama")) as build: judge_of(FEATURES[name])
-    work, whole = (found.positions - build.positions for found in (first, everything))
-    assert work < whole * 2 / 3 and not first.ranking.exact.all()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_start_is_a_share_of_the_prior_given_the_slots_before_and_noise(kind):
+    one = make(kind)
+    lm = one.lm
+    v = initial_v(one, Settings(restarts=2, label_tokens=2, init_std=0.0, prior_weight=0.5), random())
+    assert v.shape == (2, 2, len(lm.embedding)) and torch.equal(v[0], v[1])
+    with torch.no_grad():
+        label = embed_softlabel(log_softlabel(v[:, :1], 1.0, lm.admissible), lm)
+        for found, prior in (v[0, 0], one.label_prior), (v[0, 1], one.next_label_prior(label)[0]):
+            found, prior = found[lm.admissible], prior[lm.admissible]
+            near = prior > prior.max() - 50
+            assert torch.allclose((found - found.max())[near], 0.5 * (prior - prior.max())[near], atol=1e-4)
+    noise = initial_v(one, Settings(restarts=8, init_std=2.0, prior_weight=0.0), random())
+    assert noise.mean().abs() < 0.1 and noise.std() == pytest.approx(2, abs=0.1)
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.2, None]), st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_the_bound_is_below_the_loss_however_the_words_are_completed(seed, active, binary):
-    random = torch.Generator().manual_seed(seed)
-    activation = torch.rand(9, generator=random)
-    activation[:2] = torch.tensor([0.0, 1.0])
-    if binary: activation = activation.round()
-    z = 4 * torch.randn(50, 9, generator=random)
-    known = torch.rand(9, generator=random) < 0.5
-    room = torch.where(known, 0, 6 * torch.rand(9, generator=random))
-    bound = accuracy_bound(z, Stage(None, known, room), activation, active)
-    complete = z + room - torch.where(known, 0, 20 * torch.rand(50, 9, generator=random))
-    loss = balanced_bce(complete + fit_bias(complete, activation, active)[:, None], activation, active)
-    assert (bound <= loss + 1e-5).all()
-    whole = accuracy_bound(complete, Stage(None, torch.ones(9, dtype=torch.bool), torch.zeros(9)), activation, active)
-    torch.testing.assert_close(whole, loss)
+# --- draws ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_stages_cover_what_is_fitted_and_bounds_rise_from_stage_to_stage(name):
-    judge = judge_of(FEATURES[name])
-    fit, stages = ~judge.tokens.heldout, make_stages(judge)
-    assert len(stages) > 2 and stages[-1].known[fit].all() and not stages[-1].room[fit].any()
-    ids = label_ids(40, judge)
-    z, last = torch.zeros(40, len(fit)), torch.zeros(40)
-    for stage in stages:
-        z[:, stage.batch.unit] = judge.hard_logits(ids[:, None], stage.batch)
-        seen = Stage(stage.batch, stage.known[fit], stage.room[fit])
-        bound = accuracy_bound(z[:, fit], seen, judge.tokens.activation[fit], 0.5)
-        assert (bound >= last - 1e-4).all()
-        last = bound
-    on, off = class_weights(judge.tokens.activation[fit])
-    assert last.max() > 0.1 and on.sum() + off.sum() == pytest.approx(1)
+@given(st.integers(0, 30), st.integers(0, 30), st.data())
+@few
+def test_a_draw_has_its_size_and_is_as_balanced_as_possible(n_active, n_inactive, data):
+    total = n_active + n_inactive
+    if total == 0: return
+    size, seed = data.draw(st.integers(1, total)), data.draw(st.integers(0, 999))
+    numbers = torch.randperm(100, generator=random(seed))[:total]
+    active, inactive = numbers[:n_active], numbers[n_active:]
+    drawn = draw_balanced(active, inactive, size, random(seed))
+    assert len(drawn) == len(set(drawn)) == size and drawn == sorted(drawn) and set(drawn) <= set(numbers.tolist())
+    possible = range(max(0, size - n_inactive), min(n_active, size) + 1)
+    assert len(set(drawn) & set(active.tolist())) == min(possible, key=lambda n: (abs(n - size / 2), n))
+    assert drawn == draw_balanced(active, inactive, size, random(seed))
 
 
-def test_words_that_are_held_out_cost_nothing():
-    half, all_fit = judge_of(WORDS, heldout=0.5), judge_of(WORDS, heldout=0)
-    sizes = [sum(stage.batch.packing.ids.numel() for stage in make_stages(judge)) for judge in (half, all_fit)]
-    assert sizes[0] < 0.7 * sizes[1]
+def test_in_the_long_run_each_number_of_a_group_is_drawn_equally_often():
+    generator, counts = random(), np.zeros(20)
+    for _ in range(1000): counts[draw_balanced(torch.arange(5), torch.arange(5, 20), 6, generator)] += 1
+    assert np.abs(counts[:5] / 600 - 1).max() < 0.15 and np.abs(counts[5:] / 200 - 1).max() < 0.25
 
 
-def test_the_direct_discriminator_on_a_shortlist():
+@pytest.mark.parametrize("mode, kind", [(mode, kind) for mode in FEATURES for kind in KINDS])
+def test_nothing_held_out_is_drawn_and_active_draws_have_an_active_example(mode, kind):
+    one = make(kind, mode)
+    active, inactive = draw_groups(one, balanced=True)
+    everything, rest = draw_groups(one, balanced=False)
+    train, fires = ~one.tokens.heldout, one.tokens.activation >= 0.5
+    expected = {draw for draw in one.draws.tolist() if (fires & train)[one.draws == draw].any()}
+    assert set(active.tolist()) == expected and not expected & set(inactive.tolist()) and not len(rest)
+    assert sorted(active.tolist() + inactive.tolist()) == everything.tolist() == one.draws[train].unique().tolist()
+
+
+def test_if_all_texts_are_active_those_with_something_inactive_are_the_other_group():
+    lm, animals = make_tiny_lm("llama"), ACTIVE + "ox hen pig ant bee elk emu fox owl rat".split()
+    texts = animals + ["the cat sat on the mat."]
+    spans = [[(0, len(word), 1.0)] for word in animals] + [[(4, 7, 1.0)]]
+    one = channel(lm, tokenize(Feature.from_texts("animals", texts, spans), lm))
+    active, inactive = draw_groups(one, True)
+    assert inactive.tolist() == [18] and active.tolist() == list(range(18))
+    search = Search(one, Settings(batch_size=2, restarts=1))
+    for _ in range(3): assert math.isfinite(search.step()[0]["loss"])
+
+
+def test_without_balance_examples_are_drawn_as_they_come():
     lm = make_tiny_lm("llama")
-    found = ask(WORDS, discriminator="direct", labels=12, top=None)
-    judge = direct(lm, tokenize(WORDS, lm, WORDS.heldout_types(0.3, 0)))
-    expected = rank_labels(judge, label_ids(12, judge).tolist())[0]
-    assert found.ranking.token_id.tolist() == expected.token_id.tolist()
-    np.testing.assert_allclose(found.ranking.loss, expected.loss, atol=1e-4, rtol=0)
-    first = ask(WORDS, discriminator="direct", labels=12, top=2, weights=HEAVY)
-    expected = rank_labels(judge, label_ids(12, judge).tolist(), HEAVY)[0]
-    assert first.ranking.token_id[:2].tolist() == expected.token_id[:2].tolist()
+    one, share = channel(lm, tokenize(Feature.from_words("cats", ["cat"], ACTIVE[1:] + INACTIVE), lm)), {}
+    for weight in (0.5, None):
+        search = Search(one, Settings(positive_weight=weight, batch_size=4))
+        drawn = [draw_balanced(search.active, search.inactive, 4, search.generator) for _ in range(400)]
+        share[weight] = np.mean([one.tokens.activation.argmax().item() in numbers for numbers in drawn])
+    assert share[0.5] == 1 and share[None] == pytest.approx(4 / 16, abs=0.08)
+    Search(one, Settings(positive_weight=None, batch_size=2, restarts=1)).step()  # both may be inactive
 
 
-def test_a_shortlist_of_words_and_one_of_the_most_expected():
-    judge = judge_of(WORDS)
-    found = ask(WORDS, labels=["a", "t", 70], top=None)
-    assert set(found.ranking.token_id) == {judge.lm.encode("a")[0], judge.lm.encode("t")[0], 70}
-    expected = judge.log_prior.topk(20).indices.tolist()
-    assert set(ask(WORDS, labels=20, top=3).ranking.token_id) == set(expected)
+# --- one step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"labels": ["no token"]}, "'no token' is not a single token"), ({"labels": [10**6]}, "not a single token"),
-    ({"labels": [0]}, "not a single token"), ({"labels": "cat"}, "list of words"), ({"labels": []}, "empty"),
-    ({"labels": 0}, "not positive"), ({"top": 0}, "not positive"), ({"discriminator": "none"}, "no discriminator"),
-    ({"weights": {"kl": 0}}, "is not a `LossWeights`")])
-def test_bad_settings_are_refused(options, words):
-    with pytest.raises(ValueError, match=words): ask(WORDS, **options)
+@pytest.mark.parametrize("kind, T", [("channel", 1), ("channel", 2), ("direct", 1)])
+def test_a_step_is_one_of_adam_on_the_objective(kind, T):
+    one, lr = make(kind), 0.3
+    lm, tokens = one.lm, one.tokens
+    options = Settings(entropy_weight=0.5, kl_weight=0.1, positive_weight=0.4, label_tokens=T, steps=4, lr=lr,
+                       temperature=(2.0, 0.5), batch_size=99)
+    search = Search(one, options)
+    v, train = search.v.detach().clone().requires_grad_(), ~tokens.heldout
+    adam = torch.optim.Adam([v], lr=lr)
+    on, off = class_weights(tokens.activation[train], 0.4, one.needs_scale)
+    for step in range(4):
+        tau, share = 2.0 * 0.25 ** (step / 3), step / 3
+        log_p = log_softlabel(v, tau, lm.admissible)
+        batch = one.batch(one.draws[train].unique())
+        z, prior = one.read(embed_softlabel(log_p, lm), batch, step)
+        losses = objective(z[:, train[batch.example]], on, off, log_p, prior,
+                           search.weights._replace(entropy=0.5 * share), one.needs_scale)
+        adam.zero_grad()
+        losses.total.sum().backward()
+        adam.step()
+        for row, *numbers in zip(search.step(), *losses[:4]):
+            assert [row[name] for name in NUMBERS[:4]] == pytest.approx([x.item() for x in numbers], abs=1e-4)
+        assert torch.allclose(search.log_p(tau), log_softlabel(v, tau, lm.admissible), rtol=1e-3, atol=1e-2)
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+def test_without_calibration_the_loss_is_that_of_the_logits_themselves():
+    one = make(heldout=0)
+    search = Search(one, Settings(calibrated=False, batch_size=16, restarts=1))
+    z = one.read(embed_softlabel(search.log_p(1.0), one.lm), one.batch(), 0)[0]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(z[0], one.tokens.activation)  # as many of both classes
+    [row] = search.step()
+    assert row["accuracy_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row["accuracy_active"] == ((z > 0)[0] & (one.tokens.activation == 1)).sum().item() / 8
 
 
-def same(a: Oracle, b: Oracle) -> None:
-    "Equal in all but the time taken."
-    pd.testing.assert_frame_equal(a.ranking, b.ranking, check_exact=True)
-    assert (a.feature, a.top, a.settings) == (b.feature, b.top, b.settings)
+@pytest.mark.parametrize("kind, T", [("channel", 1), ("channel", 2), ("direct", 1), ("direct", 2)])
+def test_the_discrete_loss_is_that_of_the_most_probable_label(kind, T):
+    one = make(kind)
+
+    def first_step(peak):
+        search = Search(one, Settings(label_tokens=T, steps=3))
+        with torch.no_grad(): search.v[0, :, int(one.lm.admissible.nonzero()[40])] += peak
+        return search.step()
+
+    (sure, wide), (unsure, same) = first_step(300.0), first_step(2.0)
+    assert sure["discrete_accuracy_loss"] == pytest.approx(sure["accuracy_loss"], abs=1e-5)
+    assert wide == same and abs(wide["discrete_accuracy_loss"] - wide["accuracy_loss"]) > 1e-5
+    assert unsure["accuracy_loss"] != pytest.approx(sure["accuracy_loss"], abs=1e-5)
+    assert unsure["discrete_accuracy_loss"] == pytest.approx(sure["discrete_accuracy_loss"], abs=1e-5)
 
 
-def kill_at(monkeypatch, call: int) -> None:
-    "End the process, as it were, at this call of the model."
-    real, calls = Channel.hard_logits, []
-
-    def hard_logits(self, *arguments):
-        calls.append(1)
-        if len(calls) == call: raise KeyboardInterrupt
-        return real(self, *arguments)
-
-    monkeypatch.setattr(Channel, "hard_logits", hard_logits)
+def test_the_discrete_loss_is_known_every_fifth_step_and_when_all_restarts_are_sure():
+    search = Search(make(), Settings(steps=20, lr=2.0, entropy_weight=20.0))
+    rows = [search.step() for _ in range(12)]
+    sure = [all(row["probabilities"][0] > 0.9 for row in step) for step in rows]
+    assert any(sure) and not all(sure)
+    for number, (step, known) in enumerate(zip(rows, sure)):
+        for row in step: assert math.isnan(row["discrete_accuracy_loss"]) != (number % 5 == 0 or known)
 
 
-@pytest.mark.parametrize("top", [3, None])
-@pytest.mark.parametrize("call", [1, 2, 9, 20])
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(call, top, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 32)
-    whole = ask(WORDS, top=top)
-    with monkeypatch.context() as patch:
-        kill_at(patch, call)
-        with pytest.raises(KeyboardInterrupt): ask(WORDS, top=top, runs=tmp_path)
-    [*kept] = (tmp_path / "cache").glob("*") if call > 2 else []
-    with count_positions(make_tiny_lm("llama")) as meter: resumed = ask(WORDS, top=top, runs=tmp_path)
-    same(resumed, whole)
-    with count_positions(make_tiny_lm("llama")) as full: ask(WORDS, top=top)
-    assert meter.positions <= full.positions and (call < 20 or meter.positions < full.positions)
-    assert len(kept) <= 1 and not list((tmp_path / "cache").glob("*progress*"))
-    with count_positions(make_tiny_lm("llama")) as meter: same(ask(WORDS, top=top, runs=tmp_path), whole)
-    assert meter.positions == 0
+@pytest.mark.parametrize("kind, mode", [("channel", "words"), ("channel", "texts"), ("direct", "words")])
+def test_a_trace_row_says_what_was_before_the_step(kind, mode):
+    search = Search(make(kind, mode), Settings(steps=12, restarts=3))
+    for number in range(4):
+        temperature, share = schedule(number, search.settings)
+        p, place = search.log_p(temperature).exp().detach()[:, 0].topk(10)
+        for r, row in enumerate(search.step()):
+            assert (row["step"], row["restart"], row["temperature"]) == (number, r, temperature)
+            assert row["entropy_weight"] == pytest.approx(share * 0.2)
+            weights = row["accuracy_loss"], row["entropy_weight"] * row["entropy"], search.discriminator.kl_weight * row["kl"]
+            assert row["loss"] == pytest.approx(sum(weights), rel=1e-4)
+            assert row["tokens"] == [search.discriminator.lm.show(id) for id in place[r].tolist()]
+            assert row["probabilities"] == pytest.approx(p[r].tolist(), abs=1e-5)
+            assert 0 <= row["entropy"] <= math.log(300)
+            assert 0 <= row["accuracy_active"] <= 1 and 0 <= row["accuracy_inactive"] <= 1
 
 
-def test_what_an_unfinished_oracle_left_behind_may_be_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 32)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 20)
-        with pytest.raises(KeyboardInterrupt): ask(WORDS, runs=tmp_path)
-    [file] = (tmp_path / "cache").iterdir()
-    assert read_progress(file, 5).done > 0
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.warns(UserWarning, match="starting again"): resumed = ask(WORDS, runs=tmp_path)
-    same(resumed, ask(WORDS))
+def test_the_objective_falls():
+    search = Search(make(), Settings(restarts=3, steps=1000, temperature=(1.0, 1.0), entropy_weight=0.0))
+    losses = torch.tensor([[row["loss"] for row in search.step()] for _ in range(15)])
+    assert (losses[-1] < losses[0] - 0.05).all()
 
 
-def test_another_question_is_not_answered_from_the_cache(tmp_path):
-    ask(WORDS, labels=9, runs=tmp_path)
-    for options in ({"weights": HEAVY}, {"labels": 8}, {"seed": 1}, {"heldout": 0}, {"top": 2}):
-        with count_positions(make_tiny_lm("llama")) as meter:
-            ask(WORDS, **({"labels": 9, "runs": tmp_path} | options))
-        assert meter.positions > 0, options
+def test_weight_decay_shrinks_v_where_the_gradient_is_zero():
+    search = Search(make(), Settings(lr=0.5, weight_decay=0.1, restarts=1))
+    outside = (~search.discriminator.lm.admissible).nonzero()[0]
+    before = search.v[0, 0, outside].item()
+    search.step()
+    assert search.v[0, 0, outside].item() == pytest.approx(before * (1 - 0.5 * 0.1), rel=1e-5)
 
 
-def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path, monkeypatch):
-    found = ask(WORDS, top=3)
-    same(Oracle.load(found.save(tmp_path / "oracle")), found)
-    same(Oracle.load(found.save(tmp_path / "oracle")), found)
-    with monkeypatch.context() as broken:
-        broken.setattr(Feature, "to_jsonl", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError): ask(TEXTS, top=1).save(tmp_path / "oracle")
-    same(Oracle.load(tmp_path / "oracle"), found)
-    assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
-    (tmp_path / "result").mkdir()
-    (tmp_path / "result" / "ranking.parquet").touch()  # of a saved result, say
-    with pytest.raises(ValueError, match="something else than a saved oracle"): found.save(tmp_path / "result")
-    assert repr(found.ranking.label[0]) in repr(found) and "3 ranks are certain" in repr(found)
-    assert found._repr_html_().count("<tr") == 1 + 3
-    assert "1 rank is certain" in repr(replace(found, top=1)) and "are out" not in repr(ask(WORDS, labels=4, top=None))
+def test_settings_of_a_search_under_way_can_change():
+    one, other = (Search(make(), Settings(steps=10)) for _ in range(2))
+    for search in (one, other): search.step()
+    new = Settings(steps=10, lr=0.1, entropy_weight=2.0, kl_weight=0.5, temperature=(3.0, 3.0))
+    one.configure(new)
+    row, same = one.step()[0], other.step()[0]
+    assert row["temperature"] == 3 and row["entropy_weight"] == pytest.approx(2 / 9) and row["entropy"] > same["entropy"]
+    assert row["loss"] == pytest.approx(row["accuracy_loss"] + row["entropy_weight"] * row["entropy"] + 0.5 * row["kl"], rel=1e-4)
+    assert one.optimizer.param_groups[0]["lr"] == 0.1
 
 
-# --- many features at once ---------------------------------------------------------------------------------------------
+# --- many rows, many searches -----------------------------------------------------------------------------------------
 
 
-def test_a_table_of_words_has_the_logits_of_the_channel(tmp_path):
-    feature = Feature.from_words("x", ["cat", "dog"], ["an", "the"])
-    judge = judge_of(feature, heldout=0)
-    assert all(len(ids) == 1 for ids in judge.tokens.sequences)
-    words, labels = torch.tensor([id for [id] in judge.tokens.sequences]), torch.arange(60, 90)
-    for part in (labels[:7], labels):  # the second time seven rows are known
-        with count_positions(judge.lm) as meter:
-            rows = [word_table(judge.lm, prompt, part, words, tmp_path, progress=False) for prompt in judge.prompts]
-        z = (torch.stack(rows) - judge.baseline[:, None]).mean(0)
-        torch.testing.assert_close(z, judge.hard_logits(part[:, None], judge.batch()), atol=1e-2, rtol=0)
-    per_label = sum(1 + len(prompt.after) for prompt in judge.prompts)
-    assert meter.positions == (len(labels) - 7) * per_label
-    with count_positions(judge.lm) as meter:
-        again = word_table(judge.lm, judge.prompts[0], labels.flip(0), words, tmp_path, progress=False)
-    assert meter.positions == 0 and torch.equal(again.flip(0), rows[0])
+def test_a_restart_does_not_depend_on_the_others():
+    one = make()
+    many, alone = Search(one, Settings(restarts=3, steps=8)), Search(one, Settings(restarts=1, steps=8))
+    with torch.no_grad(): alone.v.copy_(many.v[[1]])
+    for _ in range(8):
+        rows, [row] = many.step(), alone.step()
+        for name in ("loss", "accuracy_loss", "entropy", "kl"): assert rows[1][name] == pytest.approx(row[name], rel=1e-3)
+        assert rows[1]["tokens"][0] == row["tokens"][0] and rows[0]["loss"] != rows[1]["loss"]
 
 
-# --- where a label stands ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_weights_of_their_own_are_searches_with_these_weights(kind):
+    one, pairs = make(kind), [(0.2, 0.02, 1.0), (0.0, 0.1, 2.0), (0.05, 0.0, 0.5)]
+    options = Settings(restarts=3, steps=5)
+    together = Search(one, options)
+    entropy, kl, accuracy = torch.tensor(pairs).T
+    together.weights = together.weights._replace(accuracy=accuracy, entropy=entropy, kl=kl)
+    alone = [Search(one, replace(options, restarts=1, entropy_weight=h, kl_weight=kl, accuracy_weight=a)) for h, kl, a in pairs]
+    for r, search in enumerate(alone):
+        with torch.no_grad(): search.v.copy_(together.v[[r]])
+        search.generator.set_state(together.generator.get_state())
+    for _ in range(5):
+        rows = together.step()
+        for r, search in enumerate(alone):
+            [row] = search.step()
+            for name in LOSSES[:4]: assert rows[r][name] == pytest.approx(row[name], abs=1e-3)
+            assert rows[r]["entropy_weight"] == pytest.approx(row["entropy_weight"])
+    for r, search in enumerate(alone):
+        assert torch.allclose(together.log_p(0.1)[r].exp(), search.log_p(0.1)[0].exp(), atol=1e-3)
+        assert {label for label, (_, row) in together.candidates.items() if row == r} <= set(search.candidates)
 
 
-def test_rank_and_regret():
-    truth = ask(WORDS, top=5)
-    result = label_feature(WORDS, make_tiny_lm("llama"), steps=3, restarts=1, progress=False)
-    full = by_hand(WORDS)
-    for id in (*truth.ranking.token_id[:5], full.loss.idxmax()):
-        as_if = replace(result, ranking=full.loc[[id]].reset_index())
-        rank, true = rank_in(as_if, truth), int((full.loss < full.loss[id]).sum())
-        assert rank.least <= true <= rank.most
-        assert id == full.loss.idxmax() or rank.least == rank.most == true
-        assert regret(as_if, truth) == pytest.approx(full.loss[id] - full.loss.min(), abs=1e-4)
-    best = replace(result, ranking=full.loc[[full.loss.idxmin()]].reset_index())
-    assert rank_in(best, truth) == (0, 0) and regret(best, truth) == pytest.approx(0, abs=1e-4)
-    second = replace(result, ranking=full.loc[[full.loss.nsmallest(2).index[1]]].reset_index())
-    assert rank_in(second, truth, tie=10.0) == (0, 0)
-    assert second.rank_in(truth) == rank_in(second, truth) and second.regret(truth) == regret(second, truth)
+CASES = [  # kind, mode, steps done before, settings; all in one call of `step`
+    ("channel", "words", 0, dict(restarts=2)), ("channel", "texts", 1, dict(restarts=1, seed=3)),
+    ("channel", "words", 2, dict(restarts=3, positive_weight=None, batch_size=5, entropy_weight=0.5, temperature=(2.0, 1.0))),
+    ("channel", "words", 0, dict(restarts=2, label_tokens=2)), ("channel", "words", 2, dict(label_tokens=2, lr=0.2)),
+    ("channel", "words", 1, dict(calibrated=False)), ("direct", "texts", 1, dict(batch_size=6)), ("direct", "words", 0, dict())]
 
 
-@pytest.mark.parametrize("options, words", [({"seed": 1}, "seed"), ({"weights": HEAVY}, "weights"),
-                                            ({"heldout": 0.2}, "heldout"), ({"labels": ["\x07"]}, "not among")])
-def test_a_result_is_not_held_against_an_oracle_of_something_else(options, words):
-    result = label_feature(WORDS, make_tiny_lm("llama"), steps=3, restarts=1, progress=False)
-    with pytest.raises(ValueError, match=words): regret(result, ask(WORDS, **({"labels": 9} | options)))
-    other = replace(result, feature=Feature.from_words("other", ["cat"], ["dog"]))
-    with pytest.raises(ValueError, match="different features"): rank_in(other, ask(WORDS, labels=9))
+@pytest.mark.parametrize("family, most", [("llama", 1), ("gemma3", 200), ("llama", 10**6)])
+def test_a_step_of_several_searches_is_a_step_of_each_alone(family, most):
+    ones = {case[:2]: make(*case[:2], family) for case in CASES}
+
+    def begin():
+        found = []
+        for kind, mode, done, options in CASES:
+            search = Search(ones[kind, mode], Settings(discriminator=kind, **dict(steps=9, seed=1) | options))
+            for _ in range(done): search.step()
+            found.append(search)
+        return found
+
+    together, alone = begin(), begin()
+    for _ in range(2):
+        for rows, search in zip(step(together, most), alone, strict=True): same_rows(rows, search.step())
+    for pair in zip(together, alone): same_search(*pair)
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+def test_searches_with_equal_prompts_share_a_pass(monkeypatch):
+    passes = []
+    real = channel.__globals__["forward_rows"]
+    monkeypatch.setitem(channel.__globals__, "forward_rows", lambda *rest: passes.append(1) or real(*rest))
+    searches = [Search(make(), Settings(seed=seed)) for seed in range(4)]
+    searches += [Search(make(mode="texts"))]  # the prompts for texts are others
+    passes.clear()
+    step(searches, most=10**6)
+    assert len(passes) == 2 * 2  # with the most probable labels alone
+    searches = searches[:4]
+    passes.clear()
+    step(searches, most=10**6)
+    assert len(passes) == 1
 
 
-def test_positions_are_counted_forward_and_back():
-    judge = judge_of(WORDS)
-    lm, batch = judge.lm, judge.batch()
-    rows, width = batch.packing.ids.shape
-    per_label = sum(rows * (1 + len(prompt.after) + width) for prompt in judge.prompts)
-    with count_positions(lm) as meter: judge.hard_logits(torch.tensor([[70], [80], [90]]), batch)
-    assert meter.positions == 3 * per_label
-    label = lm.embed([[70]]).requires_grad_()
-    with count_positions(lm) as meter: judge.logits(label, batch).sum().backward()
-    assert meter.positions == 2 * per_label
-    with count_positions(lm) as meter: lm.model(torch.tensor([[5, 6, 7]]))
-    assert meter.positions == 3
-    judge.hard_logits(torch.tensor([[70]]), batch)
-    assert meter.positions == 3  # no longer counted
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_search_and_the_global_generators_are_not_used(kind):
+    torch.manual_seed(1)
+    before, found = torch.get_rng_state(), []
+    for seed in (0, 0, 1):
+        search = Search(make(kind), Settings(seed=seed))
+        found.append([search.step() for _ in range(3)])
+        found.append(search.candidates)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+    repr_of = lambda rows: repr([[{**row} for row in step] for step in rows])
+    assert repr_of(found[0]) == repr_of(found[2]) != repr_of(found[4]) and found[1] == found[3] != found[5]
 
 
-# --- the rivals -------------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_what_a_rival_finds_is_worth_what_it_says_and_paid_for(rival, name):
-    judge = judge_of(FEATURES[name])
-    with count_positions(judge.lm) as meter: table = race(RIVALS[rival], judge, 2000)
-    assert table.loss[:-1].is_monotonic_decreasing and table.loss.is_unique is False  # the last row repeats the best
-    assert table.positions.is_monotonic_increasing and table.positions.iloc[0] > 0
-    expected = by_hand(FEATURES[name])
-    np.testing.assert_allclose(table.loss, expected.loss[table.token_id], atol=1e-4, rtol=0)
-    assert judge.lm.admissible[table.token_id.tolist()].all() and meter.positions > table.positions.iloc[-1]
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_a_race_in_bfloat16(rival):
-    lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True), dtype=torch.bfloat16)
-    table = race(RIVALS[rival], channel(lm, tokenize(WORDS, lm)), 300)
-    expected = by_hand(WORDS).loss.reindex(table.token_id)
-    assert lm.dtype == torch.bfloat16 and np.isfinite(table.loss).all() and expected.notna().all()
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_a_model_is_not_kept_by_a_race(rival):
-    lm = load_lm(tiny_model("llama"), tokenizer=tiny_tokenizer(True))
-    race(RIVALS[rival], channel(lm, tokenize(WORDS, lm)), 100)
-    seen = weakref.ref(lm)
-    del lm
-    gc.collect()
-    assert seen() is None
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_the_same_seed_gives_the_same_race(rival):
-    judge = judge_of(WORDS)
-    a, b = (race(RIVALS[rival], judge, 1000, seed=4) for _ in range(2))
-    pd.testing.assert_frame_equal(a, b)
-
-
-@pytest.mark.parametrize("rival", ["random", "prior", "explainer"])
-def test_a_list_of_labels_goes_on_to_the_best_of_all_if_the_budget_allows(rival):
-    table = race(RIVALS[rival], judge_of(WORDS), 10**9)
-    assert table.loss.iloc[-1] == pytest.approx(by_hand(WORDS).loss.min(), abs=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_method_of_this_package_races_as_it_is(seed):
-    "One search of the rival ends where `label_feature` does, with the same draws, and is polished like that."
-    table = race(RIVALS["token space"], judge_of(WORDS, seed=seed), 1, seed=seed)
-    result = label_feature(WORDS, make_tiny_lm("llama"), seed=seed, progress=False)
-    assert table.token_id.iloc[-1] == result.ranking.token_id[0]
-    assert table.loss.iloc[-1] == pytest.approx(result.ranking.loss[0], abs=1e-4)
-
-
-def test_a_rival_is_stopped_soon_after_its_budget_is_spent():
-    judge = judge_of(WORDS)
-    one, small, large = (race(RIVALS["random"], judge, budget).positions.iloc[-1] for budget in (1, 6000, 15_000))
-    group = 16 * one  # labels are scored in groups
-    assert 6000 <= small < 6000 + group and 15_000 <= large < 15_000 + group
-
-
-def test_asking_again_is_free_and_a_label_that_is_none_is_refused():
-    judge = judge_of(WORDS)
-    with count_positions(judge.lm) as meter:
-        task = Task(judge, LossWeights(), meter)
-        first = task.score(torch.tensor([70, 80]))
-        paid = meter.positions
-        assert task.score(torch.tensor([80, 70, 80])).tolist() == [first[1], first[0], first[1]]
-        assert meter.positions == paid > 0 and len(task.log) == 1
-    with pytest.raises(ValueError, match="cannot be labels"): task.score(torch.tensor([0]))
-
-
-def test_flips_are_the_slope_of_the_loss():
-    judge = judge_of(WORDS)
-    lm, task = judge.lm, Task(judge, LossWeights(kl=0.1), Meter())
-    here, there = torch.tensor(70), torch.tensor([80, 95])
-
-    def again():
-        task.generator.manual_seed(0)
-        task.turn = 0
-
-    again()
-    change = flips(task, here)
-    assert change[~lm.admissible].isposinf().all()
-    for id in there:
-        slope = []
-        for share in (-1e-3, 1e-3):
-            again()
-            slope.append(task.accuracy((1 - share) * lm.embed(here[None]) + share * lm.embed(id[None])).item())
-        kl = judge.log_prior[here] - judge.log_prior[id]
-        assert (slope[1] - slope[0]) / 2e-3 + 0.1 * kl == pytest.approx((change[id] - change[here]).item(), rel=0.05,
-                                                                        abs=2e-3)
-
-
-def test_pmi_tries_first_what_is_only_in_active_words():
-    feature = Feature.from_words("x", ["xb", "xc", "xd", "xe"], ["ob", "oc", "od", "pe"])
-    judge = judge_of(feature, heldout=0)
-    own = set(judge.lm.encode(" xb")) & set(judge.lm.encode(" xe")) - set(judge.lm.encode(" pe"))
-    task = Task(judge, LossWeights(), Meter())
-    next(pmi(task))
-    assert set(task.losses) <= own and len(task.losses) == 1
-    for _ in pmi(task): pass
-    assert set(task.losses) <= {id for sequence in judge.tokens.sequences for id in sequence}
-
-
-def test_another_model_can_explain_and_pays():
-    judge, other = judge_of(WORDS), make_tiny_lm("llama", seed=1)
-    with count_positions(judge.lm) as meter:
-        task = Task(judge, LossWeights(), meter)
-        steps = module.explainer(task, other)
-        assert meter.positions > 30 and not task.losses  # it has read the examples
-        next(steps)
-    assert len(task.losses) == 1
-
-
-def renumbered(model, tokenizer):
-    "The same language model, with other numbers for its tokens."
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    names = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
-    order = [*range(3), *reversed(range(3, len(names)))]  # the special tokens stay where they are
-    state["model"]["vocab"] = {names[id]: place for place, id in enumerate(order)}
-    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
-        part.weight.data[:len(order)] = part.weight.data[order].clone()
-    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    return load_lm(model, tokenizer=transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **special))
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # gemma scales its embeddings
+def test_the_best_tokens_to_first_order_have_the_lowest_losses_of_a_linear_objective(family):
+    lm = make_tiny_lm(family)
+    gradient = torch.randn(2, 2, lm.embedding.shape[1], generator=random())
+    prior = torch.randn(2, 2, len(lm.embedding), generator=random(1)).log_softmax(-1)
+    kl, ids = torch.tensor([0.0, 0.3]), lm.admissible.nonzero()[:, 0]
+    loss = (gradient[:, :, None] * lm.embed(ids)).sum(-1) - kl[:, None, None] * prior[..., ids]
+    expected = ids[loss.topk(8, largest=False).indices]
+    assert torch.equal(top_first_order(gradient, prior, lm, kl[:, None, None]), expected)
+    assert torch.equal(top_first_order(gradient, prior, lm, 0.0, k=3)[0], expected[0, :, :3])
 
 
 @torch.no_grad()
-def test_an_explainer_with_another_vocabulary_is_understood_by_what_it_says():
-    judge, tried = judge_of(WORDS), []
-    for lm in (None, renumbered(tiny_model("llama", 0), tiny_tokenizer(True))):
-        task = Task(judge, LossWeights(), Meter())
-        task.score = lambda ids: tried.extend(ids.tolist())
-        for _ in module.explainer(task, lm): pass
-    ours, theirs = tried[:judge.lm.label_count], tried[judge.lm.label_count:]
-    assert ours == theirs and sorted(ours) == judge.lm.admissible.nonzero()[:, 0].tolist() != ours
+def test_top_labels_are_the_most_probable_pairs():
+    log_p = torch.randn(2, 50, generator=random()).mul(3).log_softmax(-1)
+    best = (log_p[0][:, None] + log_p[1]).flatten().topk(10)
+    p, ids = log_p.exp().topk(10)
+    found = top_labels(p.tolist(), ids.tolist())
+    assert [a * 50 + b for (a, b), _ in found] == best.indices.tolist()
+    assert [q for _, q in found] == pytest.approx(best.values.exp().tolist(), rel=1e-4)
 
 
-# --- table and figure -------------------------------------------------------------------------------------------------
+def test_replaced_slots_differ_in_one_token():
+    assert replace_slots((1, 2), [[5, 6], [7]]) == [(5, 2), (6, 2), (1, 7)]
 
 
-@pytest.fixture(scope="module")
-def races() -> pd.DataFrame:
-    chosen = {name: RIVALS[name] for name in ("token space", "random", "PMI")}
-    few = Feature.from_words("few", ["cat", "dog", "horse"], ["car", "book", "red"])
-    table = race_all([WORDS, few], make_tiny_lm("llama"), rivals=chosen, seeds=(0, 1), progress=False)
-    return with_regret(table, {("animals", 0): by_hand(WORDS).loss.min()})
+def test_a_label_round_trips_if_the_tokenizer_reads_its_text_as_the_same_tokens():
+    lm = make_tiny_lm("llama")
+    for text in (" the cat", " animals and dog"): assert round_trips(tuple(lm.encode(text)), lm)
+    parts = (*lm.encode(" the c"), *lm.encode("at"))
+    assert "".join(map(lm.token, parts)) == " the cat" and parts != tuple(lm.encode(" the cat")) and not round_trips(parts, lm)
+    assert round_trips((5,), lm)  # half a character, as a label of one token
 
 
-def test_races_of_all_features_seeds_and_rivals(races):
-    assert len(races.groupby(["feature", "seed", "rival"])) == 2 * 2 * 3
-    assert (races.regret >= 0).all()
-    unknown = races[(races.feature == "few")].groupby(["feature", "seed"]).regret.min()
-    assert (unknown == 0).all()  # against the best of the rivals
-    known = races[(races.feature == "animals") & (races.seed == 0)]
-    np.testing.assert_allclose(known.regret, known.loss - by_hand(WORDS).loss.min(), atol=1e-4, rtol=0)
-    budgets = races[races.rival == "token space"].groupby(["feature", "seed"]).positions.max()
-    spent = races[races.rival == "random"].groupby(["feature", "seed"]).positions.max()
-    assert (spent >= np.minimum(budgets, 2000)).all()  # 2000: then it has tried most of this small vocabulary
+def test_candidates_keep_the_step_and_restart_that_added_them_first():
+    search = Search(make(), Settings(restarts=2))
+    search.add([(70,), (80,)], restart=1)
+    search.done = 3
+    search.add([(80,), (90,)], restart=0)
+    search.add([(90,), (99,)])
+    assert search.candidates == {(70,): (0, 1), (80,): (0, 1), (90,): (3, 0), (99,): (-1, -1)}
+    assert search.counts == {(70,): 1, (80,): 2, (90,): 2, (99,): 1}
 
 
-def test_the_table_has_the_end_of_each_race(races):
-    table = race_table(races)
-    last = races.groupby(["rival", "feature", "seed"]).tail(1)
-    for rival, part in last.groupby("rival"):
-        assert table["mean regret"][rival] == pytest.approx(part.regret.mean()) and table.races[rival] == 4
-        assert table.found[rival] == (part.regret <= 0.01).mean()
-    assert table["mean regret"].is_monotonic_increasing
+@pytest.mark.parametrize("kind, T", [("channel", 1), ("channel", 2), ("direct", 2)])
+def test_a_step_adds_its_most_probable_labels_and_those_near_the_first(kind, T):
+    search = Search(make(kind), Settings(restarts=2, label_tokens=T))
+    p, ids = search.log_p(1.0).exp().detach().topk(10)
+    tops = [[label for label, _ in top_labels(*one)] for one in zip(p.tolist(), ids.tolist())]
+    search.step()
+    for label, (step, restart) in search.candidates.items():
+        near = any(sum(a != b for a, b in zip(label, top[0])) <= 1 for top in tops)
+        assert step == 0 and restart in (0, 1) and len(label) == T and (near or label in sum(tops, []))
+        assert search.discriminator.lm.admissible[list(label)].all()
+    assert {label for top in tops for label in top} <= set(search.candidates)
+    assert sum(search.counts.values()) == 2 * (10 + 8 * T)
 
 
-def test_the_figure_draws_means_over_races_and_the_chance_line(races):
-    fig = plot_races(races)
-    left, right = fig.axes
-    assert any(set(line.get_ydata()) == {0.5} for line in right.lines)
-    part = races[races.rival == "random"]
-    x = part.positions.max()
-    expected = part.groupby(["feature", "seed"]).regret.last().mean()
-    assert module.at_costs(part, "regret", np.array([x]))[0] == pytest.approx(expected)
-    assert math.isnan(module.at_costs(part, "regret", np.array([0]))[0])
-    ends = sorted(line.get_ydata()[0] for line in left.lines if line.get_marker() == "o")
-    assert ends == pytest.approx(sorted(race_table(races)["mean regret"]))
+# --- when to stop -----------------------------------------------------------------------------------------------------
 
 
-def test_races_are_kept(tmp_path):
-    options = dict(rivals={"random": RIVALS["random"]}, budget=500, runs=tmp_path, progress=False)
-    first = race_all([WORDS], make_tiny_lm("llama"), **options)
-    judge_of(WORDS)
-    with count_positions(make_tiny_lm("llama")) as meter: again = race_all([WORDS], make_tiny_lm("llama"), **options)
-    with count_positions(make_tiny_lm("llama")) as build: judge_of(WORDS)
-    assert meter.positions == build.positions
-    pd.testing.assert_frame_equal(first, again)
+def trace_of(*tops: list[tuple[str, float]]) -> list[dict]:
+    "A trace from the top token of each restart, step by step."
+    return [dict(step=step, restart=r, tokens=[token, "x"], probabilities=[p, 1 - p], accuracy_loss=0.3,
+                 discrete_accuracy_loss=0.3 if p > 0.99 else 0.4, accuracy_active=1.0, accuracy_inactive=1.0)
+            for step, restarts in enumerate(tops) for r, (token, p) in enumerate(restarts)]
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
-    plain, given = (ask(WORDS, labels=n(12), top=n(2), seed=n(3), runs=tmp_path) for n in (int, np.int64))
-    assert given.ranking.equals(plain.ranking) and len(list((tmp_path / "cache").iterdir())) == 1
-    result = label_feature(WORDS, make_tiny_lm("llama"), seed=np.int64(3), steps=2, restarts=1, progress=False)
-    assert regret(replace(result, ranking=given.ranking.head(1)), given) == 0
-    assert len(race_all([WORDS], make_tiny_lm("llama"), 1, rivals={"prior": RIVALS["prior"]}, seeds=np.arange(1), progress=False))
+SURE = [("a", 0.995), ("b", 0.999)]
+
+
+@pytest.mark.parametrize("tops, expected", [
+    (5 * [SURE], True),
+    (4 * [SURE], False),  # too few steps
+    ([], False),
+    ([[("c", 0.2), ("c", 0.2)]] + 5 * [SURE], True),
+    (5 * [SURE] + [[("a", 0.98), ("b", 0.999)]], False),  # the gap of one restart is too large
+    (5 * [SURE] + [[("a", 0.85), ("b", 0.999)]], False),
+    (2 * [SURE] + [[("c", 0.999), ("b", 0.999)]] + 2 * [SURE], False),  # one label changed
+    (2 * [SURE] + 3 * [SURE[::-1]], False),  # both changed
+    (5 * [[("a", 0.999), ("a", 0.999)]], True),  # two restarts may agree
+])
+def test_restarts_have_collapsed_if_all_are_sure_of_one_label_for_some_steps(tops, expected):
+    assert has_collapsed(trace_of(*tops), 2, patience=5) is expected
+
+
+def test_steps_without_one_of_the_classes_do_not_count():
+    rows = trace_of(*5 * [SURE])
+    assert has_collapsed(rows, 2) and not has_collapsed([*rows[:-1], rows[-1] | {"accuracy_active": math.nan}], 2)
+
+
+# --- discriminators ---------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_name_the_discriminator():
+    lm = make_tiny_lm("llama")
+    tokens, question = tokenize(FEATURES["words"], lm), Question("Is {word} {label}?", yes="1", no="0")
+    assert make_discriminator(lm, tokens).prompts == channel(lm, tokens).prompts
+    assert make_discriminator(lm, tokens, Settings(prompts=["A {label}:"])).prompts == ("A {label}:",)
+    asked = make_discriminator(lm, tokens, Settings(discriminator="direct", prompts=question))
+    assert asked.prompts == question and asked.needs_scale and asked.kl_weight == 0.02
+    with pytest.raises(ValueError, match="0 label slots"): make_discriminator(lm, tokens, Settings(prompts=["Examples:"]))
+    long = tokenize(Feature.from_texts("long", [" ".join(SENTENCES * 4), "a house"], [[(4, 7, 1.0)], []]), lm)
+    with pytest.raises(ValueError, match="split it"): make_discriminator(lm, long)

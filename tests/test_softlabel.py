@@ -19,7 +19,7 @@ def random_v(seed: int, *shape: int, spread: float = 3.0, dtype=torch.float32) -
 
 
 def one_hot(lm, *ids: int, weights=None) -> torch.Tensor:
-    "Log-probabilities of a label that is an even mixture of `ids`, by way of a v that leaves the others no chance."
+    "Log-probabilities of a uniform mixture of `ids`, or of one with these weights."
     v = torch.full((len(lm.embedding),), -1e4)
     v[list(ids)] = 0.0 if weights is None else torch.tensor(weights).log()
     return log_softlabel(v, 1.0, lm.admissible)
@@ -106,6 +106,12 @@ def test_a_low_temperature_takes_the_largest_entry_and_a_high_one_takes_all():
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature .* is not positive"):
         log_softlabel(torch.zeros(V), temperature, ADMISSIBLE)
+
+
+def test_a_tensor_of_temperatures_gives_each_row_its_own():
+    v, temperature = random_v(7, 3, V), torch.tensor([[1.0], [0.3], [0.1]])
+    rows = log_softlabel(v, temperature, ADMISSIBLE)
+    for r in range(3): assert torch.equal(rows[r], log_softlabel(v[r], temperature[r], ADMISSIBLE))
 
 
 # --- entropy ----------------------------------------------------------------------------------------------------------

@@ -1,55 +1,47 @@
-"""The workshop: what its checks say of typical mistakes, and its lessons, with and without their solutions."""
+"""The workshop: what its checks say about typical mistakes, and its lessons, with and without their solutions."""
 import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
 
 from tokenlabel import workshop
-from tokenlabel.workshop import Feedback, compare, read_exercises, solve, write_solutions
+from tokenlabel.workshop import Feedback, FunctionCheck, read_exercises, solve, write_solutions
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "workshop"
 LESSONS = sorted(FOLDER.glob("[1-9]_*.ipynb"))
-OF_FUNCTIONS = ("softmax", "entropy", "embedding", "log_prob", "gain", "auroc", "bce", "kl", "decided", "best",
-                "false_alarms", "tipping_point")
+CHECKS = {name: check for name, check in vars(workshop).items() if isinstance(check, FunctionCheck)}
+checks = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 
 
 def read(path): return nbformat.read(path, as_version=4)
 
 
-@pytest.fixture(params=OF_FUNCTIONS)
-def insides(request, monkeypatch):
-    "What a check hands to `compare`: cases, right function, mistakes; and the check itself."
-    check, seen = getattr(workshop, f"check_{request.param}"), {}
-    monkeypatch.setattr(workshop, "compare", lambda function, cases, right, mistakes, not_finite="", praise="":
-                        seen.update(cases=cases, right=right, mistakes=mistakes) or Feedback(True, ""))
-    check(None)
-    monkeypatch.undo()
-    return check, seen
-
-
 # what a check says
 
-def test_the_right_answer_is_right_and_praised(insides):
-    check, seen = insides
-    feedback = check(seen["right"])
-    assert feedback.right and feedback.message
+@checks
+def test_the_right_answer_is_right_and_praised(check):
+    assert check(check.right) == Feedback(True, check.praise) and check.praise
 
 
-def test_each_mistake_is_told_by_its_own_name(insides):
-    check, seen = insides
-    for message, mistake in seen["mistakes"].items(): assert check(mistake) == Feedback(False, message)
+@checks
+def test_each_mistake_is_told_by_its_own_name(check):
+    messages = check.mistakes(check.right(*check.cases[0]), *check.cases[0])
+    assert len(messages) >= 4
+    for message in messages:
+        assert check(lambda *case: check.mistakes(check.right(*case), *case)[message]) == Feedback(False, message)
 
 
-def test_answers_that_are_none_are_told_apart(insides):
-    check, seen = insides
+@checks
+def test_missing_answers_are_told_apart(check):
     assert "dots" in check(lambda *case: ...).message
     assert "`return`" in check(lambda *case: None).message
     assert "ZeroDivisionError" in check(lambda *case: 1 / 0).message
     assert "without calling it" in check(0.5).message
-    assert "is right" in check(lambda *case: 123.456).message
+    assert "The right answer is" in check(lambda *case: 123.456).message
     assert not any(check(wrong).right for wrong in (lambda *case: ..., lambda *case: 123.456, 0.5))
 
 
@@ -65,7 +57,7 @@ def test_answers_that_are_none_are_told_apart(insides):
     ("kl", lambda p, q: torch.nn.functional.kl_div(p.log(), q, reduction="sum"), "swapped"),
 ])
 def test_mistakes_as_learners_write_them(check, learner, said):
-    assert said in getattr(workshop, f"check_{check}")(learner).message
+    assert said in CHECKS[f"check_{check}"](learner).message
 
 
 @pytest.mark.parametrize("check, learner", [
@@ -75,47 +67,52 @@ def test_mistakes_as_learners_write_them(check, learner, said):
     ("embedding", lambda p, E: (p[:, None] * E).sum(0)),
     ("auroc", lambda z, a: __import__("sklearn.metrics").metrics.roc_auc_score(a, z)),
     ("kl", lambda p, q: torch.nn.functional.kl_div(q.log(), p, reduction="sum")),
+    ("false_alarms", lambda z, a: np.float32((z[~a] > 0).float().mean())),
 ])
 def test_other_ways_to_be_right(check, learner):
-    assert getattr(workshop, f"check_{check}")(learner).right
+    assert CHECKS[f"check_{check}"](learner).right
 
 
-def test_a_learner_cannot_spoil_the_case_for_what_is_right():
-    def spoils(p):
-        p.zero_()
-        return p
-    assert not compare(spoils, [(torch.ones(2),)], lambda p: p, {}).right
+def test_a_learner_cannot_spoil_the_case_for_the_right_answer():
+    def spoils(p): return p.zero_()
+    check = FunctionCheck([(torch.ones(2),)], lambda p: p, lambda right, p: {}, "")
+    assert not check(spoils).right
+
+
+def test_a_table_is_not_printed_into_the_feedback():
+    assert "a table of 32 rows" in workshop.check_decided(lambda trace: -1.5).message
+    assert not workshop.check_decided(lambda trace: trace.step[2:4]).right
 
 
 @pytest.mark.parametrize("answer, right, said", [
-    (..., False, "dots"), ("warm", False, "a temperature is asked for"), (-1.0, False, "positive"),
-    (1.0, False, "lower"), (0.1, False, "higher"), (0.435, True, "90"), (torch.tensor(0.435), True, "90")])
+    (..., False, "dots"), ("warm", False, "a temperature is needed"), (-1.0, False, "positive"), (1.0, False, "lower"),
+    (0.1, False, "higher"), (0.435, True, "90"), (torch.tensor(0.435), True, "90"), (np.float32(0.435), True, "90")])
 def test_a_temperature(answer, right, said):
     feedback = workshop.check_temperature(answer)
     assert feedback.right == right and said in feedback.message
 
 
 @pytest.mark.parametrize("weight, right, said", [
-    (..., False, "dots"), (0.05, False, "cancels"), (0.01, False, "a mixture is rewarded"), (-1.0, False, "negative"),
-    (5.0, False, "before the data"), (0.2, True, "+0.15")])
+    (..., False, "dots"), (0.05, False, "cancels"), (0.01, False, "rewards a mixture"), (-1.0, False, "negative"),
+    (5.0, False, "the data hardly count"), (0.2, True, "+0.15")])
 def test_a_weight_of_the_entropy(weight, right, said):
     feedback = workshop.check_entropy_weight(weight, kl_weight=0.05)
     assert feedback.right == right and said in feedback.message
 
 
 @pytest.mark.parametrize("price, right, said", [
-    (0.05, True, "costs"), (-0.05, False, "sign"), (0.35, False, "subtract"), (0.35 / 0.3, False, "quotient"),
+    (0.05, True, "price"), (-0.05, False, "sign"), (0.35, False, "Subtract"), (0.35 / 0.3, False, "quotient"),
     (1.0, False, "0.350"), (..., False, "dots")])
 def test_a_price(price, right, said):
-    feedback = workshop.check_price(price, hard=0.35, soft=0.3)
+    feedback = workshop.check_price(price, discrete=0.35, soft=0.3)
     assert feedback.right == right and said in feedback.message
 
 
 @pytest.mark.parametrize("answers, right, said", [
     (dict(accuracy="c", entropy="a", kl="b"), True, "all three"), (dict(accuracy="c", entropy="a"), False, "the letter for kl"),
-    (dict(accuracy="c", entropy="b", kl="b"), False, "entropy alone"), (dict(accuracy=3, entropy="a", kl="b"), False, "a, b and c"),
+    (dict(accuracy="c", entropy="b", kl="b"), False, "entropy: nothing"), (dict(accuracy=3, entropy="a", kl="b"), False, "a or b or c"),
     (..., False, "dots"), (dict(accuracy="c", entropy="a", kl=...), False, "the letter for kl")])
-def test_what_each_loss_does_alone(answers, right, said):
+def test_the_effect_of_each_loss_alone(answers, right, said):
     feedback = workshop.check_alone(answers)
     assert feedback.right == right and said in feedback.message
 
@@ -123,8 +120,8 @@ def test_what_each_loss_does_alone(answers, right, said):
 @pytest.mark.parametrize("verdicts, right, said", [
     (dict(good="can", lucky="cannot", bad="cannot"), True, "before any run"),
     (dict(good="can", lucky="can", bad="cannot"), False, "luck"), (dict(good="can", lucky="cannot", bad="can"), False, "not enough"),
-    (dict(good="cannot", lucky="cannot", bad="cannot"), False, ": enough"), (dict(good="yes"), False, '"can" or "cannot"'),
-    (dict(good="can"), False, "the verdict on lucky"), (dict(good=...), False, "the verdict on good")])
+    (dict(good="cannot", lucky="cannot", bad="cannot"), False, "is enough"), (dict(good="yes"), False, "can or cannot"),
+    (dict(good="can"), False, "the verdict for lucky"), (dict(good=...), False, "the verdict for good")])
 def test_verdicts_on_evaluators(verdicts, right, said):
     feedback = workshop.check_verdicts(verdicts, dict(good=(0.95, 0.9), lucky=(0.85, 0.6), bad=(0.6, 0.5)))
     assert feedback.right == right and said in feedback.message
@@ -147,19 +144,19 @@ def test_there_are_five_lessons_of_two_to_four_exercises():
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_exercises_fail_as_they_are_and_pass_as_they_are_solved(path, quick_starts):
-    nb = read(path)
-    exercises, solved = read_exercises(nb), solve(nb)
-    cells, checks = [], {}
+    lesson = read(path)
+    exercises, solved = {e.cell: e.title for e in read_exercises(lesson)}, solve(lesson)
+    cells, tries = [], {}  # in front of each solution: the cell as it is, and its check
     for i, cell in enumerate(solved.cells):
-        for exercise in exercises:
-            if i == exercise.cell: cells += [nb.cells[i], nbformat.from_dict(nb.cells[i + 1])]
-            if i == exercise.cell + 1: checks[exercise.title] = (len(cells) - 2, len(cells))
+        if i in exercises:
+            cells += [lesson.cells[i], lesson.cells[i + 1]]
+            tries[exercises[i]] = len(cells) - 1, len(cells) + 1
         cells.append(cell)
     cells = [nbformat.from_dict(dict(cell) | dict(id=f"cell{i}")) for i, cell in enumerate(cells)]
-    both = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
+    both = nbformat.v4.new_notebook(cells=cells, metadata=lesson.metadata)
     NotebookClient(both, timeout=600, resources=dict(metadata=dict(path=str(FOLDER)))).execute()
-    assert len(checks) == len(exercises)
-    for title, (unsolved, after) in checks.items():
+    assert len(tries) == len(exercises)
+    for title, (unsolved, after) in tries.items():
         first, second = (said(both.cells[i]) for i in (unsolved, after))
         assert first.startswith("✗ Not yet: ") and "dots" in first, f"{title}: {first}"
         assert second.startswith("✓ Right."), f"{title}: {second}"
@@ -173,10 +170,14 @@ def said(cell):
 
 def test_a_lesson_is_kept_as_the_learner_finds_it():
     for path in LESSONS:
-        nb = read(path)
-        for exercise in read_exercises(nb):
-            assert "..." in nb.cells[exercise.cell].source
-            assert said(nb.cells[exercise.cell + 1]).startswith("✗ Not yet: "), f"{path.name}: {exercise.title}"
+        lesson = read(path)
+        for exercise in read_exercises(lesson):
+            assert "..." in lesson.cells[exercise.cell].source
+            assert said(lesson.cells[exercise.cell + 1]).startswith("✗ Not yet: "), f"{path.name}: {exercise.title}"
+
+
+def test_the_lessons_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 350_000
 
 
 def test_solutions_are_written_for_lessons_only(tmp_path):

@@ -1,0 +1,115 @@
+"""Results are computed once and found again by their content."""
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tokenlabel.cache import cached_result, code_version, content_hash
+from tokenlabel.files import write_file
+
+
+@dataclass
+class Result:
+    value: float
+    interrupted: bool = False
+
+    def save(self, folder): write_file(folder / "value.json", json.dumps(self.value))
+
+    @classmethod
+    def load(cls, folder): return cls(json.loads((folder / "value.json").read_text()))
+
+
+@pytest.fixture
+def compute():
+    "A function that gives a result and counts its calls."
+    def call():
+        call.count += 1
+        return Result(.1)
+    call.count = 0
+    return call
+
+
+def test_a_result_is_computed_once(compute, tmp_path):
+    for _ in range(3): assert cached_result(compute, {"seed": 0}, tmp_path, Result.load) == Result(.1)
+    assert compute.count == 1
+    cached_result(compute, {"seed": 1}, tmp_path, Result.load)
+    assert compute.count == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_broken_entry_is_computed_again(compute, tmp_path):
+    cached_result(compute, {}, tmp_path, Result.load)
+    [entry] = (tmp_path / "cache").iterdir()
+    (entry / "value.json").write_text("0.")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1)
+    assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1)
+    assert compute.count == 2
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError])
+def test_an_entry_stays_if_the_machine_is_the_reason_that_it_cannot_be_read(error, compute, tmp_path):
+    cached_result(compute, {}, tmp_path, Result.load)
+    def load(entry): raise error
+    with pytest.raises(error): cached_result(compute, {}, tmp_path, load)
+    assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1) and compute.count == 1
+
+
+def test_other_code_means_another_result(compute, tmp_path, monkeypatch):
+    cached_result(compute, {}, tmp_path, Result.load)
+    monkeypatch.setattr("tokenlabel.cache.code_version", lambda: "other")
+    cached_result(compute, {}, tmp_path, Result.load)
+    assert compute.count == 2
+
+
+def test_an_interrupted_result_is_not_kept(tmp_path):
+    assert cached_result(lambda: Result(.1, interrupted=True), {}, tmp_path, Result.load).interrupted
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(compute, tmp_path):
+    runs = write_file(tmp_path / "runs", "a file")
+    with pytest.raises(ValueError, match="runs is a file"): cached_result(compute, {}, runs, Result.load)
+    assert compute.count == 0
+
+
+def test_a_result_that_cannot_be_saved_leaves_nothing(tmp_path):
+    class Unsaved(Result):
+        def save(self, folder):
+            folder.mkdir()
+            raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"): cached_result(lambda: Unsaved(.1), {}, tmp_path, Result.load)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_result_of_a_quicker_process_is_used(compute, tmp_path):
+    def slow():
+        cached_result(compute, {}, tmp_path, Result.load)
+        return Result(.2)
+    assert cached_result(slow, {}, tmp_path, Result.load) == Result(.1)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_hash_follows_content():
+    @dataclass(frozen=True)
+    class Weights:
+        kl: float
+    def model(fingerprint): return SimpleNamespace(fingerprint=fingerprint, dtype="float32", device="cpu")
+    assert content_hash({"a": Weights(.1), "b": model("x")}) == content_hash({"b": model("x"), "a": Weights(.1)})
+    values = [Weights(.1), Weights(.2), model("x"), model("y"), 0, "0", None]
+    assert len({content_hash({"a": value}) for value in values}) == len(values)
+    assert content_hash({"seed": np.int64(3), "ids": np.arange(2)}) == content_hash({"seed": 3, "ids": [0, 1]})
+    with pytest.raises(TypeError, match="cannot hash"): content_hash({"a": object()})
+
+
+def test_the_code_version_ignores_comments_and_drawing(tmp_path):
+    versions = []
+    for numeric, drawing in [("x = 1", ""), ("x = 1   # why", "import this"), ("x = 2", "import this")]:
+        write_file(tmp_path / "objective.py", numeric)
+        write_file(tmp_path / "plot.py", drawing)
+        code_version.cache_clear()
+        versions.append(code_version(tmp_path))
+    code_version.cache_clear()
+    assert versions[0] == versions[1] != versions[2]
