@@ -267,9 +267,11 @@ def test_after_all_stages_the_logits_are_complete_and_no_more_is_added_than_the_
     one = make(family, mode, heldout=frozenset(heldout))
     labels = one.lm.admissible.nonzero()[::3]
     whole, train, stages = one.token_logits(labels, one.batch()), ~one.tokens.heldout, one.stages()
-    z = torch.zeros_like(whole)
+    z, missing = torch.zeros_like(whole), -one.marginal.mean(0)  # of a token: its surprise is the most that it can add
     for stage in stages:
         z[:, stage.batch.example] = one.token_logits(labels, stage.batch)
+        missing[stage.batch.token] = 0.0
+        assert close(torch.zeros(len(train)).index_add(0, one.tokens.token_example, missing), stage.bound)
         assert (whole - z <= stage.bound + 1e-4)[:, train].all()
         assert close(whole[:, stage.known & train], z[:, stage.known & train]) and not stage.bound[stage.known].any()
     assert len(stages) > 1 and stages[-1].known[train].all()
