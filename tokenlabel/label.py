@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from .candidates import NoLabel, beam_search, propose, shortlist
 from .cudagraph import stepping
 from .feature import ACTIVE, Feature
-from .forward import Discriminator
 from .lm import LM
 from .objective import RowWeights, class_weights, objective
 from .rank import rank_labels
