@@ -21,15 +21,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure(config): config.addinivalue_line("markers", "slow: takes the default model, a kernel or minutes; not in `make check`")
 
 
-# Files of tests that start processes or kernels, or search for a long time.
-SLOW = ("test_cli", "test_compare", "test_many", "test_notebooks", "test_store", "test_workers", "test_workshop")
+# Files of tests that start processes, threads or kernels, or search for a long time.
+SLOW = ("test_cli", "test_compare", "test_exhaustive", "test_many", "test_notebooks", "test_store", "test_widgets",
+        "test_workers", "test_workshop")
 
 
 def pytest_collection_modifyitems(items):
-    "Whatever takes the default model is slow. What is slow comes first, or one process is left with it at the end."
+    """Whatever takes the default model, or one more architecture, is slow.
+
+    What is slow comes first, or one process is left with it at the end."""
+    others = {"default", *FAMILIES} - {"llama", "gpt2", "gemma3"}
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs
-        if item.path.stem in SLOW or "tiny_folder" in fixtures or "lm" in fixtures and fixtures["lm"][-1].baseid == "tests": item.add_marker("slow")
+        names = set(item.name.strip("]").replace("[", "-").split("-"))
+        if (item.path.stem in SLOW or others & names or "tiny_folder" in fixtures
+                or "lm" in fixtures and fixtures["lm"][-1].baseid == "tests"): item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

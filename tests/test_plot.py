@@ -148,6 +148,7 @@ def test_long_names_keep_their_ends_and_fit():
     assert name.get_window_extent().x1 <= ax.figure.bbox.x1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts, steps", [(1, 80), (1, 1), (4, 1), (4, 2), (12, 10)])
 def test_any_number_of_restarts_and_steps(restarts, steps):
     trace = make_trace(restarts, steps)
@@ -379,6 +380,7 @@ def test_a_result_is_not_kept_open_by_pyplot():
 
 # --- files
 
+@pytest.mark.slow
 def test_saved_twice_the_same_bytes_whatever_the_user_has_set(tmp_path):
     one = plot.save_figure(FIGURES["result"](), tmp_path / "one", pdf=True)
     with plt.rc_context({"font.size": 20, "axes.grid": True, "lines.linewidth": 9, "savefig.bbox": "tight",
@@ -397,6 +399,7 @@ def test_pdf_has_truetype_fonts_and_no_date_and_png_has_200_dpi(tmp_path):
     assert b"Software" not in png.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_palette_of_a_png_keeps_the_colors(tmp_path):
     fig = FIGURES["result"]()
     saved = plt.imread(plot.save_figure(fig, tmp_path / "a"))[..., :3]
