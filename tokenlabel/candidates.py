@@ -103,7 +103,7 @@ def expand(
     k: int = 16,
     first: int = 512,  # tokens with the highest prior that may be added in front
 ) -> list[Label]:  # of t + 1 tokens
-    "Each prefix with one more token: the k likeliest behind it, and the k likeliest in front of its first token."
+    "Each prefix with one more token: the k likeliest after it, and the k likeliest before its first token."
     lm, ids = discriminator.lm, torch.tensor(prefixes, device=discriminator.lm.device)
     behind = discriminator.next_label_prior(lm.embed(ids)).topk(k).indices.tolist()
     log_p, tokens = discriminator.label_prior.topk(min(first, lm.label_count))

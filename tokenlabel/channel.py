@@ -34,7 +34,7 @@ class Prompt:
     "A prompt with a label slot, and what the language model knows before it reads the label."
     text: str
     before: tuple[int, ...]  # token ids in front of the slot; n of them
-    after: tuple[int, ...]  # token ids behind it
+    after: tuple[int, ...]  # token ids after the slot
     cache: tuple[tuple[Tensor, Tensor], ...]  # of each layer: keys and values of `before`, [1, heads, n, d_head]
     label_prior: Tensor  # [V], log-probabilities at the slot of the tokens that may be a label
     starts: dict[int, Tensor] = field(default_factory=dict)  # see `start_log_probs`
@@ -67,11 +67,11 @@ def _read_slot(text: str, lm: LM) -> Prompt:
 
 # %% ../nbs/10_channel.ipynb #bccf7919
 class PromptTensors(NamedTuple):
-    "Q prompts as tensors of one shape: n cached positions, and a tokens behind the slot."
+    "Q prompts as tensors of one shape: n cached positions, and a tokens after the slot."
     layers: list[tuple[Tensor, Tensor]]  # of each layer: keys and values, [Q, heads, n, d_head]
     length: Tensor  # long [Q], cached positions that are not padding
-    after: Tensor  # [Q, a, d], embeddings behind the slot
-    padding: Tensor  # long [Q], how many of the a are padding; it stands in front
+    after: Tensor  # [Q, a, d], embeddings after the slot
+    padding: Tensor  # long [Q], how many of the a are padding, at the beginning
 
 
 def stack_prompts(lm: LM, prompts: Sequence[Prompt]) -> PromptTensors:
@@ -88,7 +88,7 @@ def stack_prompts(lm: LM, prompts: Sequence[Prompt]) -> PromptTensors:
 def attention_mask(
     n: int,  # cached positions
     T: int,  # label tokens
-    a: int,  # tokens of the prompt behind the label
+    a: int,  # tokens of the prompt after the label
     length: Tensor,  # long [N], cached positions that are not padding
     padding: Tensor,  # long [N], how many of the a are padding
     visible: Tensor,  # bool [N, P, P]
@@ -106,7 +106,7 @@ def attention_mask(
 
 # %% ../nbs/10_channel.ipynb #9df254e0
 class Rows(NamedTuple):
-    "N rows to read, of P positions behind label and prompt."
+    "N rows to read, of P positions after label and prompt."
     prompt: Tensor  # long [N], which prompt
     label: Tensor  # [N, T, d], embeddings
     ids: Tensor  # long [N, P]
@@ -201,7 +201,7 @@ def start_log_probs(
     prompt: Prompt,
     top: int = 128,  # labels to average over
 ) -> Tensor:  # [V], in nats
-    "Log-probability of each token right behind the prompt, without a label; computed once for a prompt."
+    "Log-probability of each token right after the prompt, without a label; computed once for a prompt."
     if top in prompt.starts: return prompt.starts[top]
     log_pi, labels = prompt.label_prior.topk(min(top, lm.label_count))
     stacked, hidden = stack_prompts(lm, [prompt]), []
@@ -221,7 +221,7 @@ def marginal_log_probs(
     prompt: Prompt,
     documents: Sequence[Sequence[int]],  # token ids
     top: int = 128,  # labels to average over for first tokens
-    continued: int = 4,  # and for the others
+    continued: int = 4,  # labels to average over for later tokens
 ) -> Tensor:  # [N], in nats
     "Log-probability of each token without a label: the mixture over the labels that the LM expects most."
     log_pi, labels = prompt.label_prior.topk(min(continued, lm.label_count))
@@ -266,7 +266,7 @@ class Channel:
     lm: LM
     tokens: TokenizedFeature
     read_prompts: tuple[Prompt, ...]
-    marginal: Tensor  # [Q, N], log-probability of each token without a label, behind each prompt
+    marginal: Tensor  # [Q, N], log-probability of each token without a label, after each prompt
     label_prior: Tensor  # [V], log-probability of each label at the slot, mean over prompts
     needs_scale = False  # its logits are in nats: they need a bias and no scale
     kl_weight = 0.03
@@ -283,7 +283,7 @@ def channel(
     lm: LM,
     tokens: TokenizedFeature,
     prompts: Sequence[str] | None = None,  # with {label} in each; default: `PROMPTS` of the feature's mode
-    label_tokens: int = 1,  # T, for which there has to be room
+    label_tokens: int = 1,  # T; the context of the model needs room for them
     caches: dict[tuple[str, ...], MarginalCache] | None = None,  # by prompts; shared by many features, and extended
 ) -> Channel:
     "The channel discriminator of a feature; raises ValueError for a bad prompt, or texts too long for the model."
@@ -399,7 +399,7 @@ def next_label_prior(self: Channel, label: Tensor) -> Tensor:  # [B, t, d] to [B
 
 @patch
 def stop_log_prob(self: Channel, label: Tensor, prompt_index: int | None = None) -> Tensor:  # [B, T, d] to [B]
-    "Log-probability that the prompt goes on behind the label, so that the label stops there; mean over prompts."
+    "Log-probability that the text of the prompt follows, so that the label stops there; mean over prompts."
     after = [self.read_prompts[i].after[0] for i in self._chosen(prompt_index)]
     last = self._behind(label, prompt_index)
     return torch.stack([next_log_prob(self.lm, state, id) for state, id in zip(last, after)]).mean(0)

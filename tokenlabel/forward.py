@@ -75,7 +75,7 @@ def chunk(lm: LM, size: int) -> int:
 # %% ../nbs/09_forward.ipynb #0488293d
 @dataclass(frozen=True, eq=False)
 class Packing:
-    "S token sequences with N tokens in all, laid out in K rows of P positions behind a prompt."
+    "S token sequences with N tokens in all, laid out in K rows of P positions after a prompt."
     ids: Tensor  # long [K, P], token ids, 0 where a row is padded
     offset: Tensor  # long [K, P], index of the token in its sequence
     visible: Tensor  # bool [K, P, P], which positions of its row a position attends to

@@ -149,9 +149,9 @@ def label_feature(
     progress: bool | Callable[[list[dict]], None] = True,  # show a bar, or call this with the trace rows of each step
     **changes,  # single fields of `Settings`, such as steps=20
 ) -> LabelResult:
-    """Find the token that says best where a feature fires, by gradient descent in token space (Schulz & Fallows 2025).
+    """Find the token that best describes where a feature fires, by gradient descent in token space (Schulz & Fallows 2025).
 
-    By default it differs from the paper: a noisy channel in place of a yes-or-no question, fitted bias, balanced
+    The defaults differ from the paper: a noisy channel instead of a yes-or-no question, fitted bias, balanced
     classes, annealed temperature and entropy, proposals of the model, and a discrete ranking at the end.
     Raises TypeError for arguments of other kinds, ValueError for settings or data that cannot work, and NoLabel if
     no candidate is a text that the tokenizer reads as the same tokens.

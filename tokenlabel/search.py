@@ -48,7 +48,7 @@ def initial_v(
 ) -> Tensor:  # [R, T, V]
     "Starting points: for each slot a share of the log-prior given the slots before, and noise."
     def start(prior: Tensor) -> Tensor:  # [V] or [R, V] to [R, 1, V]
-        # A constant does not change a softmax: the largest entry is 0. Excluded tokens have -1e9: -50 is the bound.
+        # A constant does not change a softmax, so the largest entry becomes 0. Excluded tokens, at -1e9, are clamped.
         tilt = settings.prior_weight * (prior - prior.amax(-1, keepdim=True)).clamp(min=-50)
         return (tilt + settings.init_std * torch.randn(settings.restarts, prior.shape[-1], generator=generator).to(tilt))[:, None]
 
@@ -60,7 +60,7 @@ def initial_v(
 
 # %% ../nbs/12_search.ipynb #2b8a169c
 def draw_balanced(
-    active: Tensor,  # long, numbers of what has something active
+    active: Tensor,  # long, numbers of words, texts or questions with something active
     inactive: Tensor,  # long, numbers of the rest
     size: int,
     generator: torch.Generator,  # on the CPU
@@ -81,7 +81,7 @@ def draw_groups(
     if not balanced: return everything, everything[:0]
     active = draws[~tokens.heldout & fires].unique()
     inactive = everything[~torch.isin(everything, active)]
-    if not len(inactive):  # every text has an active part: the other group are texts that have an inactive part too
+    if not len(inactive):  # every text has an active part: the second group are texts that also have an inactive part
         inactive = draws[~tokens.heldout & ~fires].unique()
         active = active[~torch.isin(active, inactive)]
     return active, inactive
@@ -192,7 +192,7 @@ class StepData(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    "What a step of R rows leaves behind."
+    "The record of one step of R rows."
     numbers: Tensor  # [R, 7], see `NUMBERS`
     probabilities: Tensor  # [R, T, k], of each slot's top tokens
     ids: Tensor  # long [R, T, k], these tokens
