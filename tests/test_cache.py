@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tokenlabel.cache import cached_result, code_version, content_hash
+from tokenlabel.cache import cache_entry, code_version, content_hash, read_entry, write_entry
 from tokenlabel.files import write_file
 
 
@@ -31,48 +31,43 @@ def compute():
     return call
 
 
+def cached(compute, key, runs, load=Result.load):
+    "`compute()`, or its result of an earlier call."
+    entry = cache_entry(key, runs)
+    if read_entry(entry, load) is None: write_entry(entry, compute())
+    return load(entry)
+
+
 def test_a_result_is_computed_once(compute, tmp_path):
-    for _ in range(3): assert cached_result(compute, {"seed": 0}, tmp_path, Result.load) == Result(.1)
+    for _ in range(3): assert cached(compute, {"seed": 0}, tmp_path) == Result(.1)
     assert compute.count == 1
-    cached_result(compute, {"seed": 1}, tmp_path, Result.load)
+    cached(compute, {"seed": 1}, tmp_path)
     assert compute.count == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_broken_entry_is_computed_again(compute, tmp_path):
-    cached_result(compute, {}, tmp_path, Result.load)
+    cached(compute, {}, tmp_path)
     [entry] = (tmp_path / "cache").iterdir()
     (entry / "value.json").write_text("0.")
-    with pytest.warns(UserWarning, match="cannot be read"):
-        assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1)
-    assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1)
+    with pytest.warns(UserWarning, match="cannot be read"): assert cached(compute, {}, tmp_path) == Result(.1)
+    assert cached(compute, {}, tmp_path) == Result(.1)
     assert compute.count == 2
 
 
 @pytest.mark.parametrize("error", [ImportError, MemoryError])
 def test_an_entry_stays_if_the_machine_is_the_reason_that_it_cannot_be_read(error, compute, tmp_path):
-    cached_result(compute, {}, tmp_path, Result.load)
+    cached(compute, {}, tmp_path)
     def load(entry): raise error
-    with pytest.raises(error): cached_result(compute, {}, tmp_path, load)
-    assert cached_result(compute, {}, tmp_path, Result.load) == Result(.1) and compute.count == 1
+    with pytest.raises(error): cached(compute, {}, tmp_path, load)
+    assert cached(compute, {}, tmp_path) == Result(.1) and compute.count == 1
 
 
 def test_other_code_means_another_result(compute, tmp_path, monkeypatch):
-    cached_result(compute, {}, tmp_path, Result.load)
+    cached(compute, {}, tmp_path)
     monkeypatch.setattr("tokenlabel.cache.code_version", lambda: "other")
-    cached_result(compute, {}, tmp_path, Result.load)
+    cached(compute, {}, tmp_path)
     assert compute.count == 2
-
-
-def test_an_interrupted_result_is_not_kept(tmp_path):
-    assert cached_result(lambda: Result(.1, interrupted=True), {}, tmp_path, Result.load).interrupted
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(compute, tmp_path):
-    runs = write_file(tmp_path / "runs", "a file")
-    with pytest.raises(ValueError, match="runs is a file"): cached_result(compute, {}, runs, Result.load)
-    assert compute.count == 0
 
 
 def test_a_result_that_cannot_be_saved_leaves_nothing(tmp_path):
@@ -80,15 +75,15 @@ def test_a_result_that_cannot_be_saved_leaves_nothing(tmp_path):
         def save(self, folder):
             folder.mkdir()
             raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"): cached_result(lambda: Unsaved(.1), {}, tmp_path, Result.load)
+    with pytest.raises(OSError, match="disk full"): cached(lambda: Unsaved(.1), {}, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_result_of_a_quicker_process_is_used(compute, tmp_path):
     def slow():
-        cached_result(compute, {}, tmp_path, Result.load)
+        cached(compute, {}, tmp_path)
         return Result(.2)
-    assert cached_result(slow, {}, tmp_path, Result.load) == Result(.1)
+    assert cached(slow, {}, tmp_path) == Result(.1)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

@@ -83,7 +83,7 @@ def test_the_result_goes_to_runs_by_default(feature_file, tiny, tmp_path, monkey
 
 
 def test_a_mistake_is_told_before_the_model_is_loaded(feature_file, tmp_path, capsys):
-    for options, message in [(["--out", str(tmp_path)], "other than a saved result"), (["--kl-weight", "-1"], "kl_weight=-1"),
+    for options, message in [(["--out", str(tmp_path)], "give a new or empty folder"), (["--kl-weight", "-1"], "kl_weight=-1"),
                              (["--label-tokens", "two"], "label_tokens='two'")]:
         assert main(["label", str(feature_file), "--lm", "no/such/model", *options]) == 2
         assert message in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """The oracle: true bounds, exact ranks, interrupted and continued; and the cost of its work. On tiny random models."""
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenlabel.channel import Channel, channel
 from tokenlabel.direct import direct
 from tokenlabel.exhaustive import (Oracle, accuracy_bound, count_positions, evaluate_all, label_ids, oracle, rank_in,
-                                   read_progress, regret, word_table)
+                                   read_arrays, regret, word_table, write_arrays)
 from tokenlabel.feature import Feature
 from tokenlabel.forward import Stage
 from tokenlabel.label import label_feature
@@ -202,7 +203,7 @@ def test_a_broken_file_of_an_unfinished_oracle_is_ignored(tmp_path, monkeypatch,
         stop_at(patch, 20)
         with pytest.raises(KeyboardInterrupt): ask(WORDS, runs=tmp_path)
     [file] = (tmp_path / "cache").iterdir()
-    assert read_progress(file, 5).done > 0
+    assert read_arrays(file, done=0)["done"] > 0
     file.write_bytes(file.read_bytes()[:200])
     with pytest.warns(UserWarning, match="starting again"): resumed = ask(WORDS, runs=tmp_path)
     same(resumed, ask(WORDS))
@@ -232,7 +233,7 @@ def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path, monkeypatch):
 @pytest.mark.parametrize("files", [["ranking.parquet"], ["oracle.json", "notes.txt"]])  # a saved result; and notes
 def test_a_folder_with_other_files_is_refused_and_stays(tmp_path, files):
     for name in files: (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="something else than a saved oracle"): ask(WORDS, labels=4).save(tmp_path)
+    with pytest.raises(ValueError, match="give a new or empty folder"): ask(WORDS, labels=4).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
 
@@ -240,6 +241,19 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     plain, given = (ask(WORDS, labels=n(12), top=n(2), seed=n(3), runs=tmp_path) for n in (int, np.int64))
     same(plain, given)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_arrays_altered_anywhere_are_computed_again_or_unchanged(tmp_path, seed):
+    random, file = np.random.default_rng(seed), tmp_path / "state.npz"
+    default, state = dict(done=0, loss=np.zeros(0, "f4")), dict(done=3, loss=random.random(50, "f4"))
+    write_arrays(file, **state)
+    content = bytearray(file.read_bytes())
+    if seed % 3 == 0: del content[random.integers(len(content)):]
+    else: content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    file.write_bytes(content)
+    with warnings.catch_warnings(record=True) as said: found = read_arrays(file, **default)
+    assert found["done"] == 0 and said or found["done"] == 3 and (found["loss"] == state["loss"]).all()
 
 
 # --- many features at once --------------------------------------------------------------------------------------------

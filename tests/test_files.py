@@ -1,11 +1,14 @@
 """Files and folders are written whole or not at all."""
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import tokenlabel.files as module
-from tokenlabel.files import check_replaceable, check_writable, new_folder, write_file
+from tokenlabel.files import (check_replaceable, check_saved, check_seal, check_writable, new_folder, read_json,
+                              sealed_folder, work_folder, write_file, write_json)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,3 +72,63 @@ def test_a_folder_that_cannot_be_moved_is_refused(tmp_path, monkeypatch):
     access = os.access
     monkeypatch.setattr(module.os, "access", lambda path, mode: path != protected and access(path, mode))
     with pytest.raises(ValueError, match=f"{protected} cannot be written to"): check_replaceable(protected / "result")
+
+
+def test_what_a_killed_process_leaves_is_removed_and_what_is_in_use_is_not(tmp_path):
+    code = ("import os, pathlib, tokenlabel.files as f\nwith f.work_folder(pathlib.Path(%r), 'run') as work:\n"
+            "    (work / 'half').write_text('x'); os.kill(os.getpid(), 9)" % str(tmp_path))
+    subprocess.run([sys.executable, "-c", code])
+    [left] = tmp_path.iterdir()
+    assert (left / "half").exists()
+    with work_folder(tmp_path, "run") as work: assert left.exists() and work.exists()  # it may be of this very moment
+    os.utime(left, (0, 0))
+    with work_folder(tmp_path, "run") as used:
+        os.utime(used, (0, 0))
+        with work_folder(tmp_path, "run"): assert used.exists() and not left.exists()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("path", ["new/../mine", "mine/missing/..", "mine/../mine", "link"])
+def test_a_folder_that_the_package_did_not_write_is_never_replaced(tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_file(Path("mine/a"), "precious")
+    Path("link").symlink_to("mine")
+    for kind in "result", "oracle":
+        with pytest.raises(ValueError, match="give a new or empty folder"), sealed_folder(path, kind): pass
+    with sealed_folder("other", "oracle") as new: write_file(new / "a", "1")
+    with pytest.raises(ValueError, match="'oracle'.*not 'result'"), sealed_folder("other", "result"): pass
+    assert contents(tmp_path / "mine") == {"a": b"precious"}
+
+
+def test_a_file_that_is_put_there_during_the_work_is_not_lost(tmp_path):
+    with sealed_folder(tmp_path / "one", "result") as new: write_file(new / "a", "1")
+    with pytest.raises(ValueError, match="notes"), sealed_folder(tmp_path / "one", "result") as new:
+        write_file(tmp_path / "one" / "notes", "precious")
+    assert contents(tmp_path / "one").keys() == {"a", "notes", "manifest.json"}
+
+
+def test_notes_beside_sealed_files_do_not_matter_to_a_reader(tmp_path):
+    with sealed_folder(tmp_path / "one", "result") as new: write_file(new / "a", "1")
+    write_file(tmp_path / "one" / "notes", "mine")
+    (tmp_path / "one" / "folder").mkdir()
+    check_seal(tmp_path / "one", "result")
+    with pytest.raises(ValueError, match="folder, notes"): check_saved(tmp_path / "one", "result")
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"kind": "result"}', '{"kind": "result", "format": 1, "files": 3}', "[" * 100000,
+                                      '{"kind": "result", "format": 2, "files": {}}', '{"kind": ["x"], "format": {}, "files": {}}'])
+def test_a_broken_list_of_files_is_one_clear_error(tmp_path, manifest):
+    write_file(tmp_path / "one" / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="damaged|format"): check_seal(tmp_path / "one", "result")
+
+
+def test_a_json_file_altered_anywhere_is_refused_or_unchanged(tmp_path):
+    value = {"label": " 動物", "loss": [.1, 1e-300, float("inf")], "n": 3, "none": None}
+    content = write_json(tmp_path / "v.json", "verdict", value).read_bytes()
+    assert read_json(tmp_path / "v.json", "verdict") == value
+    with pytest.raises(ValueError, match="not 'maps'"): read_json(tmp_path / "v.json", "maps")
+    for place in range(len(content)):
+        for changed in (content[:place], content[:place] + b"7" + content[place + 1:], content[:place] + b" " + content[place:]):
+            (tmp_path / "v.json").write_bytes(changed)
+            try: assert read_json(tmp_path / "v.json", "verdict") == value
+            except ValueError as error: assert "v.json" in str(error)

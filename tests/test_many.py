@@ -1,6 +1,7 @@
 """Many features: the same labels as one by one, whatever shares a pass, and nothing lost when a process ends."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,7 @@ from tokenlabel.cache import cache_entry
 from tokenlabel.feature import Feature
 from tokenlabel.label import label_feature
 from tokenlabel.many import (Job, choose_layout, label_all, label_features, label_file, label_jobs, load_again,
-                             read_features)
+                             read_features, read_results, write_row)
 from tokenlabel.prompts import Question
 from tokenlabel.settings import Settings
 from tokenlabel.workers import available_cpus
@@ -340,9 +342,36 @@ def test_a_dead_feature_gets_a_line_and_stops_no_other(stored, tmp_path):
 def test_a_file_that_has_no_results_is_left_as_it_is(stored, tmp_path, content):
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    with pytest.raises(ValueError, match="something else than results"):
+    with pytest.raises(ValueError, match="something other than results"):
         label_file(write(tmp_path / "in.jsonl", some_features(1)), out, stored, HOW)
     assert out.read_text() == content
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_line_altered_anywhere_is_refused_and_named(tmp_path, seed):
+    random, out = Random(seed), tmp_path / "out.jsonl"
+    lines = [write_row(dict(lm="a", dtype="b", settings={})), *(write_row(dict(name=f"動 {i}", label=" cats", loss=.1 * i)) for i in range(4))]
+    out.write_text("".join(lines), encoding="utf-8")
+    assert [row["name"] for row in read_results(out)[1]] == [f"動 {i}" for i in range(4)]
+    content = bytearray(out.read_bytes())
+    content[(place := random.randrange(len(lines[0].encode()), len(content) - 1))] ^= 1 << random.randrange(8)
+    out.write_bytes(content)
+    number = 1 + bytes(content[:place]).count(b"\n")
+    with pytest.raises(ValueError, match=f"out.jsonl, line {number}|out.jsonl, line {number - 1}"): read_results(out)
+
+
+def test_a_disk_that_is_full_costs_one_row(stored, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", some_features(3)), tmp_path / "out.jsonl"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))
+        with pytest.raises(OSError): label_file(source, out, stored, HOW)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    cut = out.read_bytes()
+    assert len(cut) == 1500 and not cut.endswith(b"\n")
+    assert label_file(source, out, stored, HOW) == 3 - (cut.count(b"\n") - 1)
+    assert len(read_results(out)[1]) == 3
 
 
 def test_names_may_have_any_character(stored, tmp_path):

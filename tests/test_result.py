@@ -12,7 +12,8 @@ from pandas.testing import assert_frame_equal
 import tokenlabel.files
 from tokenlabel.feature import Feature
 from tokenlabel.prompts import Question
-from tokenlabel.result import LabelResult, check_folder
+from tokenlabel.files import check_saved, seal
+from tokenlabel.result import LabelResult
 from tokenlabel.settings import Settings
 
 TABLES = ("ranking", "heldout", "trace")
@@ -99,8 +100,8 @@ def test_a_result_comes_back_as_it_was_saved(result, tmp_path):
 
 
 def test_saving_again_replaces_the_old_result(tmp_path):
-    ONE.save(tmp_path / "result")
-    (tmp_path / "result" / "figure.png").write_bytes(b"")  # from the command line
+    ONE.save(tmp_path / "result", figure=True)
+    assert {"figure.png", "figure.pdf"} <= files(tmp_path / "result").keys()
     OTHER.save(tmp_path / "result")
     same_result(LabelResult.load(tmp_path / "result"), OTHER)
     assert [p.name for p in tmp_path.iterdir()] == ["result"] and not (tmp_path / "result" / "figure.png").exists()
@@ -126,7 +127,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path, content)
         (folder / name).write_text("precious")
     before = files(tmp_path)
     with pytest.raises(ValueError, match="mine"): ONE.save(folder)
-    with pytest.raises(ValueError, match="mine"): check_folder(folder)
+    with pytest.raises(ValueError, match="mine"): check_saved(folder, "result")
     assert files(tmp_path) == before and [*tmp_path.iterdir()] == [folder]
 
 
@@ -146,11 +147,11 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path, place):
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="/proc"): check_folder("/proc")  # a mount point
+    with pytest.raises(ValueError, match="/proc"): check_saved("/proc", "result")  # a mount point
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="cannot be replaced"): check_folder(Path("."))
+    with pytest.raises(ValueError, match="cannot be replaced"): check_saved(Path("."), "result")
     monkeypatch.setattr(tokenlabel.files.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="cannot be written to"): check_folder(Path("new/folder"))
+    with pytest.raises(ValueError, match="cannot be written to"): check_saved(Path("new/folder"), "result")
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])
@@ -190,9 +191,42 @@ def test_there_is_nothing_to_load_where_nothing_was_saved(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, name, content):
     folder = ONE.save(tmp_path / "result")
     (folder / name).unlink()
-    if content is None and name == "result.json": return
     if content is not None: (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is damaged, or another version"): LabelResult.load(folder)
+    with pytest.raises(ValueError, match=f"{name} {'is missing' if content is None else 'was altered'}"): LabelResult.load(folder)
+
+
+def test_a_folder_without_a_seal_is_no_result(tmp_path):
+    folder = ONE.save(tmp_path / "result")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no manifest.json"): LabelResult.load(folder)
+    with pytest.raises(ValueError, match="give a new or empty folder"): OTHER.save(folder)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_result_altered_anywhere_is_refused_or_unchanged(tmp_path, seed):
+    random, folder = np.random.default_rng(seed), ONE.save(tmp_path / "result")
+    path = sorted(folder.iterdir())[seed % 6]
+    content = bytearray(path.read_bytes())
+    match seed // 6 % 4:
+        case 0: content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+        case 1: del content[random.integers(len(content)):]
+        case 2: content[random.integers(len(content)):0] = random.bytes(5)
+        case 3:
+            del (lines := content.split(b"\n"))[random.integers(len(lines))]
+            content = b"\n".join(lines)
+    path.write_bytes(content)
+    try: back = LabelResult.load(folder)
+    except ValueError as error: assert str(folder) in str(error) and len(str(error)) < 500
+    else: same_result(back, ONE)
+
+
+@pytest.mark.parametrize("path", ["new/../results", "results/missing/..", "./results/../results"])
+def test_a_path_with_dots_never_replaces_another_folder(tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "result.json").write_text("precious")
+    with pytest.raises(ValueError, match="give a new or empty folder"): ONE.save(path)
+    assert files(tmp_path) == {"results/result.json": b"precious"}
 
 
 def test_a_result_of_an_older_version_is_refused_by_the_names_it_lacks(tmp_path):
@@ -205,6 +239,8 @@ def test_a_result_of_an_older_version_is_refused_by_the_names_it_lacks(tmp_path)
         changed = json.loads(json.dumps(whole))
         change(changed)
         (folder / "result.json").write_text(json.dumps(changed))
+        (folder / "manifest.json").unlink()
+        seal(folder, "result")
         with pytest.raises(ValueError, match=match): LabelResult.load(folder)
 
 

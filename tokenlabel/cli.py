@@ -25,17 +25,15 @@ def _label(options) -> int:
     from tokenlabel.settings import FIELDS, make_settings
     settings = make_settings(**{name: value for name, value in vars(options).items() if name in FIELDS})
     from tokenlabel.feature import Feature
+    from tokenlabel.files import check_saved
     feature = Feature.from_jsonl(options.feature)
     from tokenlabel.label import label_feature
     from tokenlabel.lm import load_lm
-    from tokenlabel.plot import save_figure
-    from tokenlabel.result import check_folder
     out = options.out or Path("runs") / options.feature.stem
-    check_folder(out)  # before the search, not after
+    check_saved(out, "result")  # before the search, not after
     result = label_feature(feature, load_lm(options.lm, dtype="fastest"), settings)
     print(result)
-    result.save(out)
-    save_figure(result.plot(), out / "figure", pdf=True)
+    result.save(out, figure=True)
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
 

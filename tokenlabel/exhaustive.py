@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORING', 'Meter', 'count_positions', 'accuracy_bound', 'prune_threshold', 'evaluate', 'Oracle', 'Progress',
-           'read_progress', 'evaluate_all', 'label_ids', 'rank_all', 'oracle', 'regret', 'rank_in', 'word_table']
+           'write_arrays', 'read_arrays', 'evaluate_all', 'label_ids', 'rank_all', 'oracle', 'regret', 'rank_in',
+           'word_table']
 
 # %% ../nbs/21_exhaustive.ipynb #8c7a328a
-import io, json, math, operator, time, warnings, zipfile
+import io, json, math, operator, time, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm, trange
 from .cache import cache_entry, content_hash, read_entry, write_entry
 from .channel import Channel, ChannelBatch, Prompt, pack
 from .feature import Feature
-from .files import new_folder, write_file
+from .files import check_seal, sealed_folder, write_file
 from .forward import Discriminator, Stage
 from .lm import LM
 from .objective import class_weights, cross_entropy, fit_bias
@@ -141,23 +142,19 @@ def __repr__(self: Oracle) -> str:
 @patch
 def save(self: Oracle, folder: str | Path) -> Path:
     "Write the oracle; raises ValueError if `folder` holds anything else than a saved oracle."
-    folder = Path(folder)
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if present and not {"oracle.json"} <= present <= {"ranking.parquet", "feature.jsonl", "oracle.json"}:
-        raise ValueError(f"{folder} holds something else than a saved oracle; give a new or an empty folder")
-    with new_folder(folder) as new:
+    with sealed_folder(folder, "oracle") as new:
         self.ranking.to_parquet(new / "ranking.parquet")
         self.feature.to_jsonl(new / "feature.jsonl")
         rest = {name: getattr(self, name) for name in ("top", "lm", "dtype", "positions", "seconds")}
         rest |= dict(feature=self.feature.name, settings=self.settings.plain(), prompts=plain_prompts(self.prompts))
         write_file(new / "oracle.json", json.dumps(rest, ensure_ascii=False, indent=1))
-    return folder.resolve()
+    return Path(folder).resolve()
 
 
 @patch(cls_method=True)
 def load(cls: Oracle, folder: str | Path) -> Oracle:
-    "Read what `save` wrote; raises FileNotFoundError if nothing is there."
-    folder = Path(folder)
+    "Read what `save` wrote. Raises FileNotFoundError if nothing is there, and ValueError if a file was altered."
+    check_seal(folder := Path(folder), "oracle")
     rest = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))
     rest |= dict(settings=Settings.from_plain(rest["settings"]), prompts=prompts_from(rest["prompts"]),
                  feature=Feature.from_jsonl(folder / "feature.jsonl", name=rest["feature"]))
@@ -174,14 +171,23 @@ class Progress(NamedTuple):
     seconds: float = 0.0
 
 
-def read_progress(file: Path | None, labels: int) -> Progress:
-    "The state in a file, or a new one if there is no file or it cannot be read."
-    if file is not None and file.exists():
-        try:
-            with np.load(file) as kept: return Progress(**{name: kept[name][()] for name in Progress._fields})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            warnings.warn(f"starting again: {file} cannot be read: {error!r}")
-    return Progress(np.zeros(labels, np.float32), np.zeros(labels, np.float32), np.zeros(labels, bool))
+def write_arrays(file: Path | None, **arrays) -> None:
+    "Keep arrays in a file."
+    if file is None: return
+    np.savez(buffer := io.BytesIO(), **arrays)
+    write_file(file, buffer.getvalue())
+
+
+def read_arrays(file: Path | None, **default) -> dict:
+    "The arrays in a file, or the default ones if there is no file or it cannot be read."
+    if file is None or not file.exists(): return default
+    try:
+        with np.load(file) as kept: found = {name: kept[name][()] for name in default}
+        if all(np.asarray(found[name]).dtype == np.asarray(value).dtype for name, value in default.items()): return found
+        why = "another version wrote it"
+    except Exception as error: why = repr(error)  # of any kind: the reader of a damaged archive
+    warnings.warn(f"starting again: {file} cannot be read: {why}")
+    return default
 
 # %% ../nbs/21_exhaustive.ipynb #bb544428
 def evaluate_all(
@@ -193,7 +199,8 @@ def evaluate_all(
     chunk: int = 128,  # labels whose first tokens are computed at once
 ) -> Progress:
     "Evaluate all labels that `file` does not hold yet."
-    stages, state, start = discriminator.stages(), read_progress(file, len(ids)), time.perf_counter()
+    stages, start, C = discriminator.stages(), time.perf_counter(), len(ids)
+    state = Progress(**read_arrays(file, **Progress(np.zeros(C, "f4"), np.zeros(C, "f4"), np.zeros(C, bool))._asdict()))
     kl, dtype = -discriminator.label_prior[ids].cpu().numpy(), discriminator.lm.dtype
     before, loss = state, discrete_loss(state.accuracy, kl, state.stop, settings)
     least = discrete_loss(0, kl, 0, settings)  # lower bound of each loss
@@ -205,9 +212,7 @@ def evaluate_all(
             for column, values in zip(state, found): column[part] = values.numpy()
             state = state._replace(done=min(part.stop, len(ids)), positions=before.positions + meter.positions,
                                    seconds=before.seconds + time.perf_counter() - start)
-            if file is not None:
-                np.savez(buffer := io.BytesIO(), **state._asdict())
-                write_file(file, buffer.getvalue())
+            write_arrays(file, **state._asdict())
             bar.set_postfix_str(f"{state.exact.sum():,} exact losses, pruned above {prune_threshold(best, top, dtype):.3f}, "
                                 f"KL part {least[state.done - 1]:.3f}", refresh=False)
             bar.update(len(found[0]))
@@ -325,9 +330,8 @@ def word_table(
     "Log-probability of each word of one token, given each label."
     key = dict(result="word table", lm=lm, before=prompt.before, after=prompt.after, words=words.tolist())
     file = None if runs is None else Path(runs) / "cache" / f"{content_hash(key)}.npz"
-    known, rows = [], [torch.zeros(0, len(words), dtype=torch.half)]
-    if file is not None and file.exists():
-        with np.load(file) as kept: known, rows = kept["labels"].tolist(), [torch.from_numpy(kept["rows"])]
+    kept = read_arrays(file, labels=np.zeros(0, int), rows=np.zeros((0, len(words)), np.float16))
+    known, rows = kept["labels"].tolist(), [torch.from_numpy(kept["rows"])]
     done, every = set(known), torch.arange(len(words))
     new = [id for id in dict.fromkeys(labels.tolist()) if id not in done]
     # A channel whose marginals are 0 gives log-probabilities.
@@ -337,8 +341,6 @@ def word_table(
         part = new[start:start + 4096]
         rows.append(channel.token_logits(torch.tensor(part, device=lm.device)[:, None], batch).cpu().half())
         known += part
-        if file is not None:
-            np.savez(buffer := io.BytesIO(), labels=known, rows=torch.cat(rows).numpy())
-            write_file(file, buffer.getvalue())
+        write_arrays(file, labels=known, rows=torch.cat(rows).numpy())
     place = {id: n for n, id in enumerate(known)}
     return torch.cat(rows)[[place[id] for id in labels.tolist()]].float()

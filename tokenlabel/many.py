@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ActiveSearch', 'Job', 'label_jobs', 'load_again', 'label_there', 'choose_layout', 'run_jobs', 'label_features',
-           'Display', 'label_all', 'read_features', 'result_row', 'read_results', 'label_file']
+           'Display', 'label_all', 'read_features', 'result_row', 'write_row', 'read_row', 'read_results', 'label_file']
 
 # %% ../nbs/41_many.ipynb #04427ceb
 import json, sys, time
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .cache import cache_entry, read_entry, write_entry
 from .feature import Feature, check_text, excerpt, located, merge_words
-from .files import check_writable
+from .files import canonical_hash, check_writable
 from .label import begin, conclude, label_feature, run
 from .lm import LM, load_lm
 from .result import LabelResult
@@ -295,18 +295,32 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
     return dict(name=name, label=result.label, **numbers, seconds=round(result.seconds, 3),
                 ranking=result.ranking.label.head(10).tolist())
 
-def read_results(out: Path) -> tuple[dict | None, set[str], int]:  # first line; names; bytes of whole lines
-    "The whole lines in a file of results. Raises ValueError for a file that holds something else."
-    whole = out.read_bytes() if out.exists() else b""
-    first, *rest = whole.split(b"\n")
-    try: head = json.loads(first or b"null")
-    except ValueError: head = None
-    if whole and not (isinstance(head, dict) and {"lm", "dtype", "settings"} <= head.keys() and rest):
-        raise ValueError(f"{out} holds something else than results; give a new file")
-    names = set()
-    for number, line in enumerate(rest[:-1], 2):
-        with located(f"{out}, line {number}"): names.add(json.loads(line)["name"])
-    return head, names, whole.rfind(b"\n") + 1
+def write_row(row: dict) -> str:
+    "A line of JSON with its own hash."
+    return json.dumps(row | {"sha256": canonical_hash(row)}, ensure_ascii=False) + "\n"
+
+def read_row(line: bytes) -> dict:
+    "What `write_row` wrote. Raises ValueError if the line was altered."
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): row = None
+    if not isinstance(row, dict) or row.pop("sha256", None) != canonical_hash(row):
+        raise ValueError("this line was altered; delete it, and its feature is labeled again")
+    return row
+
+def read_results(out: str | Path) -> tuple[dict, list[dict], int]:  # first line, rows, bytes of whole lines
+    """The rows in a file of results. A last line without its end is left out. Raises ValueError for a file that holds
+    something else, and for a line that was altered."""
+    whole = Path(out).read_bytes()
+    first, *lines = whole[:(size := whole.rfind(b"\n") + 1)].splitlines() or [whole]
+    try: head = read_row(first)
+    except ValueError: head = {}
+    cut = not size and whole.startswith(b'{"lm": ')  # in the first line
+    if whole and not cut and not {"lm", "dtype", "settings"} <= head.keys():
+        raise ValueError(f"{out} holds something other than results; give a new file")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        with located(f"{out}, line {number}"): rows.append(read_row(line))
+    return head, rows, size
 
 # %% ../nbs/41_many.ipynb #ce727b6b
 def label_file(
@@ -328,17 +342,18 @@ def label_file(
     if out.is_dir(): raise ValueError(f"{out} is a folder; give a file")
     made, pending = dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings.plain()), {}
     with FileLock(f"{out}.lock", timeout=0):
-        head, done, size = read_results(out)
+        head, rows, size = read_results(out) if out.exists() else ({}, [], 0)
+        done = {row["name"] for row in rows}
         if done and head != made: raise ValueError(f"{out} has results of other settings; give a new file")
         display, news = Display(kept=len(done), shown=progress), run_jobs(_missing(source, done, settings, pending), lm, **how)
         with out.open("a", encoding="utf-8", buffering=1) as stream, display.bar, closing(news):
             stream.truncate(size if done else 0)
-            if not done: stream.write(json.dumps(made) + "\n")
+            if not done: stream.write(write_row(made))
             for number, value in news:
                 display.show(number, pending[number], value)
                 if isinstance(value, str): continue
                 row = result_row(pending.pop(number).name, value)
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(write_row(row))
     return display.done - len(done)
 
 def _missing(source: Path, done: set[str], settings: Settings, pending: dict[int, Job]) -> Iterator[tuple[int, Job]]:

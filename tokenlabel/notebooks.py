@@ -7,7 +7,7 @@ __all__ = ['list_experiments', 'find_experiment', 'check_parameters', 'notebook_
            'run_experiment', 'run_there', 'run_experiments']
 
 # %% ../nbs/42_notebooks.ipynb #326bbfc8
-import io, os, re, shutil, sys, tempfile, time
+import io, os, re, sys, time
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
 from datetime import datetime
@@ -23,7 +23,7 @@ from nbclient.exceptions import DeadKernelError
 from traitlets import Instance
 
 import tokenlabel
-from .files import check_writable, write_file
+from .files import check_writable, work_folder, write_file
 from .workers import available_cpus, run_calls, start_worker
 
 # %% ../nbs/42_notebooks.ipynb #1e89d92f
@@ -52,9 +52,13 @@ def _nearest(name: str, names) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 # %% ../nbs/42_notebooks.ipynb #7564d2d5
+def _literal(path: Path) -> str:
+    "A path for papermill, which replaces {names} in it by parameters."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     "Raise ValueError for a name that the notebook's parameters cell does not have, and for a value of another type."
-    known = papermill.inspect_notebook(notebook)
+    known = papermill.inspect_notebook(_literal(notebook))
     types = {"int": int, "float": (float, int), "str": str, "bool": bool, "list": list, "dict": dict}
     listing = ", ".join(f"{p['name']}: {p['inferred_type_name']} = {p['default']}" for p in known.values()) or "none"
     for name, value in parameters.items():
@@ -92,7 +96,7 @@ class ThisPython(AsyncKernelManager):
 def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], progress: bool) -> str:
     "Run a notebook. Returns how it failed; empty if it succeeded."
     try:
-        papermill.execute_notebook(notebook, executed, parameters, cwd=notebook.parent, kernel_name="python3",
+        papermill.execute_notebook(_literal(notebook), _literal(executed), parameters, cwd=notebook.parent, kernel_name="python3",
                                    kernel_manager_class=ThisPython, extra_arguments=["--log-level=CRITICAL"],
                                    progress_bar=False, stdout_file=sys.stdout if progress else None)
     except papermill.PapermillExecutionError as error:
@@ -124,19 +128,16 @@ def run_experiment(
     for place in figures, runs: check_writable(place)
     runs.mkdir(parents=True, exist_ok=True)
     name = f"{notebook.stem}-{datetime.now():%Y-%m-%d-%H%M%S-%f}"
-    work, problem = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=runs)), "because it was stopped"
-    executed, staging = work / "executed.ipynb", work / "figures"
-    staging.mkdir()
-    folders = {"figures": str(staging)} | ({"runs": str(runs)} if "runs" in papermill.inspect_notebook(notebook) else {})
-    try:
+    has_runs = "runs" in papermill.inspect_notebook(_literal(notebook))
+    with work_folder(runs, notebook.stem) as work:
+        executed, staging = work / "executed.ipynb", work / "figures"
+        staging.mkdir()
+        folders = {"figures": str(staging)} | ({"runs": str(runs)} if has_runs else {})
         problem = _execute(notebook, executed, parameters | folders, progress)
-        if not problem:
-            for path in staging.rglob("*"):
-                if path.is_file(): write_file(figures / path.relative_to(staging), path.read_bytes())
-    finally:
         kept = runs / f"{name}{'-failed' * bool(problem)}.ipynb"
         if executed.exists(): os.replace(executed, kept)
-        shutil.rmtree(work)
+        for path in staging.rglob("*") if not problem else ():
+            if path.is_file(): write_file(figures / path.relative_to(staging), path.read_bytes())
     if not problem: return kept
     raise ExperimentError(f"{notebook.name} failed {problem}\n\nThe notebook as far as it came: {kept}\n"
                           f"The figures in {figures} are as they were.")

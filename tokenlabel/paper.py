@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from . import synthetic
 from .evaluator import EvaluatorCheck, check_evaluator, right_labels
 from .feature import Feature
-from .files import write_file
+from .files import read_json, write_json
 from .label import begin
 from .lm import LM, load_lm
 from .many import Job, label_all
@@ -253,7 +253,7 @@ def reproduce(
     else: causes = [failure_cause(result, lm, claim.labels, check) for result in explain]
     verdict = make_verdict(claim, table, check, results, causes, preset)
     save_figure(results[0].plot(), Path(figures) / name, pdf=True)
-    write_file(Path(figures) / f"{name}.json", json.dumps(asdict(verdict), ensure_ascii=False, indent=1) + "\n")
+    write_json(Path(figures) / f"{name}.json", "verdict", asdict(verdict))
     return Outcome(claim, features, check, results, table, verdict)
 
 # %% ../nbs/43_paper.ipynb #05cbb73a
@@ -262,8 +262,8 @@ def load_verdicts(figures: str | Path) -> list[Verdict]:
     found = []
     for path in (Path(figures) / f"{name}.json" for name in PAPER):
         if not path.exists(): continue
-        try: found.append(Verdict(**json.loads(path.read_text(encoding="utf-8"))))
-        except (TypeError, ValueError): raise ValueError(f"{path} is no verdict of this version; run the experiment again") from None
+        try: found.append(Verdict(**read_json(path, "verdict")))
+        except TypeError: raise ValueError(f"{path} is no verdict of this version; run the experiment again") from None
     return found
 
 

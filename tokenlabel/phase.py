@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .evaluator import spellings
-from .files import write_file
+from .files import read_json, write_json
 from .forward import Discriminator
 from .plot import COLORS, drawable
 from .search import Search
@@ -85,10 +85,8 @@ def save_maps(
     lm: str,  # name of the language model
     file: Path,
 ) -> Path:
-    "Write maps, one place per line."
-    lines = [f'  {json.dumps(name)}: [\n' + ",\n".join("   " + json.dumps(row, ensure_ascii=False)
-             for row in table.to_dict("records")) + "\n  ]" for name, table in maps.items()]
-    return write_file(file, f'{{"lm": {json.dumps(lm)}, "maps": {{\n' + ",\n".join(lines) + "\n}}\n")
+    "Write maps."
+    return write_json(file, "phase maps", dict(lm=lm, maps={name: table.to_dict("records") for name, table in maps.items()}))
 
 
 def load_maps(
@@ -97,7 +95,7 @@ def load_maps(
 ) -> dict[str, pd.DataFrame]:  # by the name of the feature; empty if no map is of this model
     "Read maps."
     file = file or Path(str(files("tokenlabel"))).resolve().parent / "figures" / "phase_map.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else dict(lm=None, maps={})
+    stored = read_json(file, "phase maps") if file.exists() else dict(lm=None, maps={})
     return {name: pd.DataFrame(rows) for name, rows in stored["maps"].items()} if stored["lm"] == lm else {}
 
 # %% ../nbs/24_phase.ipynb #eb084a22
