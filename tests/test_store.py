@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from tokenlabel.lm import load_lm
 from tokenlabel.store import cache_dir
 
 
-def write_tiny_gguf(path: Path, name: str = "tiny") -> Path:
-    "A llama of width 32 with one layer and random weights, as a GGUF file."
+def write_tiny_gguf(path: Path, name: str = "tiny", without: str = "", nan: str = "") -> Path:
+    "A llama of width 32 with one layer and random weights, as a GGUF file. A tensor may be left out, or hold a NaN."
     tokenizer = json.loads(tiny_tokenizer(bos=False).backend_tokenizer.to_str())
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     rng = np.random.default_rng(0)
@@ -48,7 +49,9 @@ def write_tiny_gguf(path: Path, name: str = "tiny") -> Path:
         "blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32), "blk.0.ffn_down": (32, 48),
     }
     for tensor, shape in shapes.items():
-        writer.add_tensor(f"{tensor}.weight", (0.2 * rng.standard_normal(shape)).astype(np.float32))
+        values = (0.2 * rng.standard_normal(shape)).astype(np.float32)
+        if tensor == nan: values.flat[5] = np.nan
+        if tensor != without: writer.add_tensor(f"{tensor}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -127,6 +130,43 @@ def test_a_broken_gguf_leaves_nothing_behind(cache, tiny_gguf, tmp_path):
     with pytest.raises(ValueError, match="broken.gguf cannot be read as a language model in GGUF format"):
         load_lm(broken)
     assert only(cache) == set()
+
+
+def test_a_gguf_file_without_some_weights_is_refused_and_not_cached(cache, tmp_path):
+    lacking = write_tiny_gguf(tmp_path / "lacking.gguf", without="blk.0.ffn_up")
+    with pytest.raises(ValueError, match=r"lacking.gguf lacks 1 weight \(model.layers.0.mlp.up_proj.weight\)"): load_lm(lacking)
+    assert only(cache) == set()
+
+
+def test_a_gguf_file_with_a_weight_that_is_not_finite_is_refused_and_not_cached(cache, tmp_path):
+    with pytest.raises(ValueError, match="nan.gguf has weights that are not finite.*up_proj"):
+        load_lm(write_tiny_gguf(tmp_path / "nan.gguf", nan="blk.0.ffn_up"))
+    assert only(cache) == set()
+
+
+def test_a_pointer_of_git_lfs_is_no_gguf_file(cache, tmp_path):
+    pointer = tmp_path / "pointer.gguf"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(ValueError, match="pointer.gguf cannot be read .*Git LFS pointer"): load_lm(pointer)
+
+
+@pytest.mark.parametrize("source, limit", [("default", 10_000), ("gguf", 3_000), ("gguf", 50_000)],
+                         ids=["download", "tokenizer", "weights"])  # what does not fit
+def test_a_disk_that_is_full_names_the_variable_and_leaves_nothing(tiny_default, tiny_gguf, source, limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write the model to .*TOKENLABEL_CACHE") as info:
+            load_lm(tiny_gguf if source == "gguf" else None)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(info.value) and str(tiny_default) in str(info.value)
+    assert only(cache_dir()) == set()
+
+
+@pytest.mark.parametrize("place", ["/dev/null/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_names_the_variable(tiny_gguf, monkeypatch, place):
+    monkeypatch.setenv("TOKENLABEL_CACHE", place)
+    with pytest.raises(OSError, match=f"cannot write the model to {place}.*TOKENLABEL_CACHE"): load_lm(tiny_gguf)
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):

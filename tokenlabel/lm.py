@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Head', 'LM', 'visible', 'check_architecture', 'fastest_dtype', 'load_lm']
 
-# %% ../nbs/01_lm.ipynb #8ae3585b
+# %% ../nbs/01_lm.ipynb #abda0185
 import hashlib, json, re
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -13,10 +13,10 @@ from typing import NamedTuple, Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .store import from_pretrained, locate
+from .store import from_pretrained, load_model, locate, short, weights_fault
 
 # %% ../nbs/01_lm.ipynb #94405e42
 class Head(NamedTuple):
@@ -79,14 +79,17 @@ def logits(
     logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias) * self.logit_scale
     return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-# %% ../nbs/01_lm.ipynb #232a1579
+# %% ../nbs/01_lm.ipynb #a62497a1
 @patch
 def encode_offsets(self: LM, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     "Like `encode`, with each token's (start, end) in `text` without white space around it (maybe start == end)."
     plain = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
     for anchor in ("\n", ".", "a") if self._adds_space else ("",):
         before = plain(anchor) if anchor else []
-        encoding = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        try: encoding = self.tokenizer(
+            anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except Exception as error:  # such as a character outside a vocabulary that has no unknown token
+            raise ValueError(f"the tokenizer of {self.name} cannot read {text!r}: {short(error)}") from error
         if encoding.input_ids[:len(before)] == before: break
     else: raise ValueError(f"{type(self.tokenizer).__name__} cannot encode {text!r} as a continuation of other text")
     offsets = []
@@ -250,18 +253,35 @@ def check_architecture(lm: LM) -> LM:
     if missing: raise ValueError(f"{type(lm.model).__name__}: {missing}; this architecture is not supported")
     return lm
 
-# %% ../nbs/01_lm.ipynb #7bb246fe
+# %% ../nbs/01_lm.ipynb #5437d581
 def _check_pair(model: PreTrainedModel, tokenizer) -> None:
-    "Raise ValueError if the model has no output layer, or the tokenizer is slow or of another model."
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no output layer over a vocabulary; give a causal language model")
+    "Raise ValueError if the model has no output layer of its own size, or the tokenizer is slow, empty or of another model."
+    inputs, outputs, kind = model.get_input_embeddings(), model.get_output_embeddings(), type(model).__name__
+    if outputs is None:
+        raise ValueError(f"{kind} has no output layer over a vocabulary; give a causal language model")
+    rows = len(inputs.weight)
+    if len(outputs.weight) != rows: raise ValueError(
+        f"{kind}: its output layer has {len(outputs.weight)} rows and its embedding {rows}; both need one for each token")
     if not getattr(tokenizer, "is_fast", False): raise ValueError(
         f"{type(tokenizer).__name__} is not a fast tokenizer (one with a tokenizer.json), which is needed to know "
         "where in the text each token lies")
     # control tokens that were added later, for padding say, may lack a row: `LM.control` keeps them out of texts
-    highest = max(tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys())
-    if highest >= (rows := len(model.get_input_embeddings().weight)): raise ValueError(
+    if not (ids := tokenizer.get_vocab().values() - tokenizer.added_tokens_decoder.keys()):
+        raise ValueError(f"{type(tokenizer).__name__} has no tokens but control tokens")
+    if (highest := max(ids)) >= rows: raise ValueError(
         f"the tokenizer does not belong to the model: it has ids up to {highest}, the model {rows} embeddings")
+
+# %% ../nbs/01_lm.ipynb #d31249c2
+def _check_lm(model: PreTrainedModel, tokenizer, name: str) -> LM:
+    "The checked pair of a model and a tokenizer. Raises ValueError, which says what is wrong with one of them."
+    try: _check_pair(model, tokenizer)
+    except (AttributeError, TypeError) as error: raise ValueError(f"{name} cannot be used: {short(error)}") from error
+    try:
+        lm = LM(model.eval().requires_grad_(False), tokenizer, name)
+        labels = lm.label_count
+    except Exception as error: raise ValueError(f"the tokenizer of {name} cannot read a text: {short(error)}") from error
+    if labels < 5: raise ValueError(f"{type(tokenizer).__name__} has {labels} tokens that may be a label; give one with more")
+    return check_architecture(lm)
 
 # %% ../nbs/01_lm.ipynb #415c4a95
 def fastest_dtype(
@@ -274,7 +294,7 @@ def fastest_dtype(
         case _: quick = False
     return torch.bfloat16 if quick else None
 
-# %% ../nbs/01_lm.ipynb #00bc9aa7
+# %% ../nbs/01_lm.ipynb #1d72ddb2
 def load_lm(
     source: str | Path | PreTrainedModel | None = None,  # None (the default model), a hub name, folder, .gguf, or model
     *,
@@ -296,14 +316,16 @@ def load_lm(
         if tokenizer is None:
             raise ValueError("a model in memory needs its tokenizer: load_lm(model, tokenizer=tokenizer)")
         model, name = source, source.name_or_path or type(source).__name__
+        if fault := weights_fault(model): raise ValueError(f"{name} {fault}")
         model = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
     elif source is None or isinstance(source, (str, Path)):
         name, location = locate(source)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        model = from_pretrained(AutoModelForCausalLM, location, dtype=dtype).to(device)
+        model = load_model(location, dtype).to(device)
         tokenizer = from_pretrained(AutoTokenizer, location) if tokenizer is None else tokenizer
+    elif hasattr(source, "get_base_model"):
+        raise ValueError(f"{type(source).__name__} is a model in a wrapper; give the model in it, source.get_base_model()")
     else: raise TypeError(f"source is a {type(source).__name__}; "
                           "give None, a hub name, a folder, a .gguf file or a transformers model")
-    _check_pair(model, tokenizer)
-    return check_architecture(LM(model.eval().requires_grad_(False), tokenizer, name))
+    return _check_lm(model, tokenizer, name)
