@@ -1,13 +1,15 @@
 import re
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_model, tiny_tokenizer
 from hypothesis import assume, given, strategies as st
 from test_feature import quick, text_features, visible, word_features
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from tokenlabel.feature import Feature, split_words, word_types
 from tokenlabel.lm import load_lm
@@ -162,7 +164,7 @@ def test_what_a_tokenizer_composes_is_covered_whole():
         assert covered >= {i for i, character in enumerate(text) if character != " "}, word
     text = unicodedata.normalize("NFD", "the Việt is")
     data = tokenize(Feature.from_texts("x", [text], [[(0, 3, 1.0)]]), lm)
-    assert data.types == ("the", text.split()[1].casefold(), "is")  # one example each
+    assert [unicodedata.normalize("NFC", kind) for kind in data.types] == ["the", "việt", "is"]  # one example each
 
 
 def test_a_span_that_cuts_a_token_is_refused_with_the_nearest_that_does_not(lm):
@@ -194,3 +196,70 @@ def test_the_nearest_span_cuts_no_token(tiny_lm, data, text):
 def test_unknown_heldout_types_are_refused(lm):
     with pytest.raises(ValueError, match=r"\['Saw'\] are not among the word types"):
         tokenize(Feature.from_words("f", ["saw"], ["tree"]), lm, heldout=frozenset({"Saw"}))
+
+
+# --- words that the model reads alike ----------------------------------------------------------------------------------
+
+ENGLISH = ["apple", "pear", "fig", "table", "chair", "lamp"]
+
+
+def english_lm(kind):
+    "A tiny model whose tokenizer knows six English words and the letters; everything else is its unknown token."
+    pieces = ["[UNK]", *ENGLISH, *"abcdefghijklmnopqrstuvwxyz"]
+    match kind:
+        case "wordpiece": base = Tokenizer(models.WordPiece({p: i for i, p in enumerate(
+            [*pieces, *(f"##{letter}" for letter in pieces[7:])])}, unk_token="[UNK]"))
+        case "unigram": base = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0))
+        case "wordlevel": base = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+        case "bpe": base = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token=None))  # no token at all
+    base.normalizer = normalizers.BertNormalizer(lowercase=True)  # also sets Chinese characters apart
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, **({"unk_token": "[UNK]"} if kind != "bpe" else {}))
+    return load_lm(tiny_model("llama"), tokenizer=tokenizer)
+
+
+KINDS = ["wordpiece", "unigram", "wordlevel", "bpe"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_feature_of_unknown_words_only_is_refused(kind):
+    feature = Feature.from_words("f", ["日本", "中国", "한국", "Ελλάς"], ["🍎", "ж", "ש", "ไทย"])
+    with pytest.raises(ValueError, match="f: the model LlamaForCausalLM reads these active and inactive words alike: '日本'") as info:
+        tokenize(feature, english_lm(kind))
+    assert "is left" in str(info.value) and "\n" not in str(info.value) and len(str(info.value)) < 400
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_that_the_model_reads_alike_are_named_and_left_out_of_both_classes(kind):
+    lm = english_lm(kind)
+    feature = Feature.from_words("f", ["apple", "pear", "日本", "fig"], {"table": 0.0, "🍎": 0.2, "PEAR": 0.0, "chair": 0.0})
+    types = frozenset({"pear", "fig"})
+    with pytest.warns(UserWarning, match="'pear' = 'PEAR'") as said: data = tokenize(feature, lm, types)
+    assert "'日本' = '🍎'" in str(said[0].message)
+    assert "4 of 8 words are left out" in str(said[0].message) and "\n" not in str(said[0].message)
+    assert data.strings == data.feature.texts == ("apple", "fig", "table", "chair")
+    assert data.heldout.tolist() == [False, True, False, False] and len(data.documents) == 4
+    check_layout(data, lm)
+
+
+def test_words_of_one_class_may_be_read_alike():
+    lm = english_lm("wordpiece")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(tokenize(Feature.from_words("f", ["日本", "中国", "Apple", "apple"], ["table", "lamp"]), lm).documents) == 6
+
+
+def test_a_class_without_a_readable_word_is_refused():
+    with pytest.raises(ValueError, match="'Apple' = 'apple'. No active word is left"):
+        tokenize(Feature.from_words("f", ["Apple"], ["apple", "table"]), english_lm("wordpiece"))
+
+
+def test_a_text_without_tokens_is_named():
+    with pytest.raises(ValueError, match="text 1 .'日本'.: has no tokens of LlamaForCausalLM"):
+        tokenize(Feature.from_texts("f", ["apple pear", "日本"], [[(0, 5, 1.0)], []]), english_lm("bpe"))
+
+
+def test_the_default_model_tells_all_words_apart(lm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize(Feature.from_words("f", ["日本", "中国", "Apple", "ЖUK"], ["🍎", "ж", "apple", "жuk"]), lm)
