@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import numpy as np
 import pandas as pd
@@ -7,16 +8,17 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings, strategies as st
 
-from tokenlabel.feature import Feature, Span, active_documents, occurrences, split_words, word_types
+from tokenlabel.feature import Feature, Span, active_documents, occurrences, word_types
+from tokenlabel.words import VISIBLE, plain_word, spelling, split_words, trim
 
 quick = settings(max_examples=60, deadline=None)
 activations = st.floats(0, 1)
-visible = st.text(min_size=1, max_size=30).filter(lambda s: s.strip())
+visible = st.text(min_size=1, max_size=30).filter(VISIBLE.search).filter(lambda s: plain_word(s) == s)
 
 
 @st.composite
 def word_features(draw):
-    words = draw(st.lists(visible.map(str.strip), min_size=2, max_size=12, unique=True))
+    words = draw(st.lists(visible.map(trim), min_size=2, max_size=12, unique_by=spelling))
     values = draw(st.lists(activations, min_size=len(words), max_size=len(words)))
     assume(any(v >= 0.5 for v in values) and any(v < 0.5 for v in values))
     return Feature.from_words("f", dict(zip(words, values)))
@@ -26,7 +28,7 @@ def word_features(draw):
 def span_lists(draw, text):
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6, unique=True)))
     pairs = draw(st.sampled_from([list(zip(cuts[::2], cuts[1::2])), list(zip(cuts, cuts[1:]))]))
-    return [(s, e, draw(activations)) for s, e in pairs if text[s:e].strip()]
+    return [(s, e, draw(activations)) for s, e in pairs if VISIBLE.search(text, s, e)]
 
 
 @st.composite
@@ -189,7 +191,7 @@ def test_long_texts_are_quoted_in_part():
 @example("00", 0, -1, 0.0)  # text[0:-1] is not empty
 @given(visible, st.integers(-40, 40), st.integers(-40, 40), st.floats())
 def test_a_span_is_either_refused_or_as_given(text, start, end, activation):
-    right = 0 <= start < end <= len(text) and text[start:end].strip() and 0 <= activation <= 1
+    right = 0 <= start < end <= len(text) and VISIBLE.search(text, start, end) and 0 <= activation <= 1
     spans = [[(start, end, activation)], [(2, 5, 1.0)]]
     if right:
         assert Feature.from_texts("f", [text, "a saw"], spans).spans[0] == (Span(start, end, activation),)
@@ -207,7 +209,7 @@ GOOD = ['{"word": "saw", "activation": 1}', '{"word": "tree", "activation": 0}']
     ([*GOOD, '{"word": "axe"}'], r"line 3: expected an object .* got \['word'\]"),
     ([*GOOD, '{"word": "axe", "activation": 1, "note": ""}'], "line 3: expected an object"),
     ([*GOOD, "", '{"word": "saw", "activation": 0.2}'], "line 4: 'saw' has activation 0.2 here and 1 at line 1"),
-    ([*GOOD, '{"word": "axe", "activation": NaN}'], "line 3: activation nan"),
+    ([*GOOD, '{"word": "axe", "activation": NaN}'], "line 3: activation nan is not in"),
     ([*GOOD, '{"word": "axe", "activation": "1"}'], "line 3: activation '1' is not a number"),
     ([*GOOD, '{"word": "", "activation": 1}'], "line 3: '' is empty"),
     ([*GOOD, '{"text": "a saw", "spans": []}'], "line 3: words and texts are mixed"),
@@ -217,38 +219,36 @@ GOOD = ['{"word": "saw", "activation": 1}', '{"word": "tree", "activation": 0}']
     (['{"text": "a saw", "spans": 5}'], "line 1: expected a list of spans, got 5"),
     (['{"text": "a saw", "spans": [[2, 5]]}'], r"line 1: span \[2, 5\] is not \(start, end, activation\)"),
     (['{"text": null, "spans": []}'], "line 1: expected a string, got None"),
+    ([*GOOD, '{"word": "axe", "activation": true}'], "line 3: activation true is not a number; write 1"),
+    ([*GOOD, '{"word": "axe", "activation": 0, "activation": 1}'], "line 3: the key 'activation' is there twice"),
+    ([*GOOD, '{"word": "axe", "activation": 1e999}'], "line 3: activation inf is not in"),
+    ([*GOOD, '{"word": "axe", "activation": %s}' % ("9" * 5000)], "line 3: activation inf is not in"),
+    ([*GOOD, '{"word": "\u200b\u00ad", "activation": 1}'], "line 3: .* is empty, it has no visible character"),
+    ([*GOOD, '{"word": "sa\u00adw", "activation": 0}'], "line 3: .* has activation 0 here and 1 at line 1"),
+    ([*GOOD, "[" * 100_000], "line 3: .* nested too deep"),
+    (['{"text": "a saw", "spans": [[true, 5, 1]]}'], r"line 1: span \[True, 5, 1\] is not .* whole start and end"),
+    (['{"text": "a saw", "spans": [[2, 5, true]]}'], "line 1: activation true is not a number; write 1"),
+    (['{"text": "a 👨\u200d👩 saw", "spans": [[3, 4, 1]]}'], r"line 1: span \[3, 4\): empty, it covers no visible character"),
+    (['{"text": "a saw", "spans": %s}' % ([[0] * 9999] * 99)], r"line 1: span \[0, 0, .*\] is not \(start"),
     (GOOD[:1], "f.jsonl: feature 'f' has nothing inactive"),
     ([""], "f.jsonl: the file is empty"),
 ])
 def test_an_error_in_a_file_names_the_line(tmp_path, lines, message):
     (tmp_path / "f.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         Feature.from_jsonl(tmp_path / "f.jsonl")
+    assert len(str(error.value)) < 240 and str(error.value).isprintable()
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(GOOD[0].encode() + b"\n" + '{"word": "über", "activation": 1}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"^f.jsonl: the file is not in UTF-8 \(line 2\).* windows-1252 \(which gives 'über'\)"):
         Feature.from_jsonl(tmp_path / "f.jsonl")
-
-
-def test_types_are_words_and_runs_of_punctuation():
-    assert [kind for _, _, kind in split_words("Straße?! It's 3.5, 我们。")] == \
-        ["strasse", "?!", "it", "'", "s", "3", ".", "5", ",", "我", "们", "。"]
-    # marks belong to their letters
-    assert [kind for _, _, kind in split_words("हिन्दी cafe\u0301s")] == ["हिन्दी", "cafe\u0301s"]
-    assert [kind for _, _, kind in split_words("I ❤\ufe0flove")] == ["i", "❤\ufe0f", "love"]
 
 
 def test_a_script_without_spaces_has_a_word_for_each_character():
     cats = Feature.from_texts("cats", ["我喜欢猫", "猫在这里"], [[(3, 4, 1.0)], [(0, 1, 1.0)]])
     assert [[active for _, active in document] for document in occurrences(cats)] == [[0, 0, 0, 1], [1, 0, 0, 0]]
-
-
-@quick
-@given(visible)
-def test_types_cover_all_that_is_visible_once(text):
-    assert "".join(text[s:e] for s, e, _ in split_words(text)) == "".join(text.split())
 
 
 @quick
@@ -311,6 +311,79 @@ def test_wrong_activations_of_a_network_are_refused(offsets, values, threshold, 
 @pytest.mark.parametrize("name", [None, "", ("t",), "a\ud800"])
 def test_a_name_is_a_text(name):
     with pytest.raises(ValueError, match="the feature's name"): Feature.from_words(name, ["saw"], ["sofa"])
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "two\nlines", "a\u202eb", "a\x9b"])
+def test_a_name_has_no_control_characters(name):
+    with pytest.raises(ValueError, match="the feature's name: control character") as error:
+        Feature.from_words(name, ["saw"], ["sofa"])
+    assert str(error.value).isprintable()
+
+
+def test_no_control_character_of_a_word_or_text_reaches_the_terminal():
+    words = Feature.from_words("f", ["sa\x1b[31mw", "a\nb"], ["tr\x9bee", "t\u202eo"])
+    texts = Feature.from_texts("f", ["a sa\x1b[31mw\r\x07 b"], [[(2, 9, 1)]])
+    for feature in (words, texts):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", str(feature))
+    assert r"[sa\x1b[31mw]" in str(words) and "[a⏎b]" in str(words) and r"t\u202eo" in str(words)
+
+
+def test_words_that_look_the_same_are_one_word():
+    same = ["caf\u00e9", "cafe\u0301", "ca\u00adf\u00e9", "\ufeffcaf\u00e9\u200b"]
+    assert Feature.from_words("f", same, ["tea"]).texts == ("caf\u00e9", "tea")
+    with pytest.raises(ValueError, match="has activation 0 here and 1 at word 0"): Feature.from_words("f", same[:1], same[1:])
+    with pytest.raises(ValueError, match="a word is given twice"):
+        Feature("f", "words", same[:2], [[(0, len(word), 1.0)] for word in same[:2]])
+    assert Feature.from_words("f", ["Donau\u00addampf"], ["Weg"]).texts[0] == "Donau\u00addampf"  # its hyphen stays
+    assert len(Feature.from_words("f", ["Turkey", "turkey"], ["tea"]).texts) == 3
+    assert len(Feature.from_words("f", ["👨\u200d👩", "👨👩", "می\u200cخواهم", "میخواهم"], ["tea"]).texts) == 5  # they look different
+
+
+def test_a_word_with_hidden_characters_is_one_word_of_a_text():
+    words = {"Donau\u00addampf\u00adschiff", "צה״ל", "コーヒー", "👨\u200d👩\u200d👧\u200d👦", "1\ufe0f\u20e3", "🇩🇪", "می\u200cخواهم"}
+    for word in words:
+        feature = Feature.from_texts("f", [f"a {word} b"], [[(2, 2 + len(word), 1)]])
+        assert [active for _, active in occurrences(feature)[0]] == [False, True, False], ascii(word)
+
+
+def test_held_out_types_ignore_how_accents_are_encoded():
+    feature = Feature.from_texts("f", ["caf\u00e9 tea", "cafe\u0301 mat\u00e9 now"], [[(0, 4, 1)], [(6, 10, 1)]])
+    assert word_types(feature) == {"caf\u00e9": True, "tea": False, "mat\u00e9": True, "now": False}
+
+
+@pytest.mark.parametrize("active, inactive, message", [
+    (["Ġapple", "Ġfig"], ["Ġcar", "Ġtree"], "2 of 2 words are in a vocabulary's spelling; give 'apple' for 'Ġapple'"),
+    (["▁apple", "▁fig", "nana"], ["car"], "2 of 3 words .* 'fig' for '▁fig'"),
+    (["apple", "fig"], ["Ġcar", "Ġtree", "way"], "2 of 3 words .* 'car' for 'Ġcar'"),
+    (["##ing", "##ed"], ["car"], "2 of 2 words .* 'ing' for '##ing'"),
+    (["cafÃ©", "æĹ¥æľ¬"], ["car"], "2 of 2 words .* 'café' for 'cafÃ©', '日本' for 'æĹ¥æľ¬'"),
+    (["app</w>", "fig</w>"], ["car"], "'app' for 'app</w>'"),
+])
+def test_words_in_a_vocabularys_spelling_are_refused_and_the_words_offered(active, inactive, message):
+    with pytest.raises(ValueError, match=message) as error: Feature.from_words("f", active, inactive)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_text_in_a_vocabularys_spelling_is_refused():
+    for text in ("TheĠsawĠisĠhere", "▁The▁saw", "ĠThe Ġsaw Ġis"):
+        with pytest.raises(ValueError, match="are in a vocabulary's spelling"): Feature.from_texts("f", [text], [[(0, 3, 1)]])
+
+
+def test_words_with_letters_that_vocabularies_also_use_are_words():
+    Feature.from_words("f", ["Ġgantija", "Mnajdra", "Tarxien", "Skorba"], ["Malta"])
+    Feature.from_words("f", ["Ġorġ", "Ġużeppi"], ["Paul"])
+    Feature.from_words("f", ["stół", "pół", "naïve", "Ãb", "C##", "a@b"], ["#1"])
+
+
+def test_spans_are_found_in_linear_time():
+    def seconds(n):
+        text, start = "saw " * n, time.perf_counter()
+        offsets = [(4 * k, 4 * k + 4) for k in range(n)]
+        feature = Feature.from_tokens("f", [text], [offsets], [[float(k % 2) for k in range(n)]], 0.5)
+        assert len(feature.spans[0]) == n // 2
+        return time.perf_counter() - start
+    seconds(100)
+    assert seconds(20_000) < 25 * min(seconds(2_000) for _ in range(3))
 
 
 def test_plain_text_shows_the_active_parts_in_brackets():
