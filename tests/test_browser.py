@@ -47,7 +47,7 @@ def serving(command, url, folder):
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=inherited | settings)
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert server.poll() is None, log.read_text()
             try: urllib.request.urlopen(url + "/static/base/images/favicon.ico", timeout=1)
             except urllib.error.HTTPError: break  # it answers
@@ -79,12 +79,12 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    "`tokenlabel workshop`: its address, as it says it, and its process."
+    "The page of the workshop: its address, as it says it, and its process."
     folder, port = tmp_path_factory.mktemp("workshop"), free_port()
-    command = [sys.executable, "-c", "from tokenlabel import cli; cli._workshop.__defaults__ = (30,); "  # seconds: a page on a busy machine connects late
-               f"raise SystemExit(cli.main(['workshop', '--port', '{port}']))"]
+    command = [sys.executable, "-P", "-c", f"from pathlib import Path; from tokenlabel import page; "  # a page on a busy machine
+               f"page.serve(Path({str(LESSON.with_name('explorer.ipynb'))!r}), port={port}, idle=30)"]  # connects late
     with serving(command, f"http://127.0.0.1:{port}", folder) as (server, log):
-        [address] = re.findall(r"the explorer is at (\S+)", log.read_text())
+        [address] = re.findall(r"(?i)the explorer is at (\S+)", log.read_text())
         yield address, server
 
 
@@ -230,7 +230,7 @@ def test_a_word_in_both_lists_is_an_error_that_can_be_mended(page):
 
 
 def test_a_page_that_is_left_takes_its_process_with_it(page, workshop):
-    [kernel] = psutil.Process(workshop[1].pid).children(recursive=True)
+    [kernel] = [kernel for fork in psutil.Process(workshop[1].pid).children() for kernel in fork.children()]
     page.goto("about:blank")
     kernel.wait(90)
 
