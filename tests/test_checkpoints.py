@@ -54,7 +54,8 @@ def weights(change):
     "Other weights in model.safetensors: `change` maps names and weights to new ones."
     def rewrite(folder):
         new = dict(change(name, weight) for name, weight in load_file(folder / "model.safetensors").items())
-        save_file({name: weight.contiguous() for name, weight in new.items() if name}, folder / "model.safetensors", {"format": "pt"})
+        new = {name: weight.contiguous() for name, weight in new.items() if name}
+        save_file(new, folder / "model.safetensors", {"format": "pt"})
     return rewrite
 
 
@@ -109,8 +110,9 @@ CASES = {  # name: (change, what the message has in it)
                     r"lacks 1 weight \(model.layers.1.mlp.up_proj.weight\)"),
     "fewer layers": (config(num_hidden_layers=1), "has 9 weights .*layers.1.* without a place in LlamaForCausalLM"),
     "more layers": (config(num_hidden_layers=3), r"lacks 9 weights \(model.layers.2"),
-    "a bias lost": (weights(lambda name, weight: (name, weight) if "norm" not in name else (name[:-6] + "bias", weight)), "lacks"),
-    "one row more": (config(vocab_size=MODEL_SIZE + 1), r"model.safetensors .* is \[320, 32\], and config.json makes it \[321, 32\]"),
+    "bias for weight": (weights(lambda name, weight: (name.replace("norm.weight", "norm.bias"), weight)), "lacks 5 weights"),
+    "one row more": (config(vocab_size=MODEL_SIZE + 1),
+                     r"model.safetensors .* is \[320, 32\], and config.json makes it \[321, 32\]"),
     "wider": (config(intermediate_size=64), r"\[32, 48\], and config.json makes it \[32, 64\]"),
     "another family": (config(model_type="bert"), "model.safetensors lacks"),
     "NaN": (broken(float("nan")), "model.safetensors has weights that are not finite.*layers.1.mlp.up_proj"),
@@ -155,9 +157,13 @@ CASES = {  # name: (change, what the message has in it)
     "config list": (text("config.json", "[]"), "config.json: it is no JSON object"),
     "config number as text": (config(hidden_size="wide"), "config.json: .*hidden_size"),
     "config unknown activation": (config(hidden_act="foo"), "config.json: KeyError: 'foo'"),
+    "too many rows": (config(vocab_size=10 ** 10), "config.json: vocab_size is 10,000,000,000, and the files of weights have"),
+    "too many layers": (config(num_hidden_layers=10 ** 9), "config.json: num_hidden_layers is 1,000,000,000"),
+    "too wide": (config(hidden_size=10 ** 6), "config.json: hidden_size is 1,000,000, and the files of weights have"),
     "config negative": (config(vocab_size=-1), "config.json: .*negative"),
     "config unknown model": (config(model_type="nix"), "config.json: .*model type `nix`"),
-    "own code": (config(model_type="nix", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}), "config.json: .*custom code"),
+    "own code": (config(model_type="nix", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+                 "config.json: .*custom code"),
     "adapter": (text("adapter_config.json", '{"peft_type": "LORA"}'), "has an adapter .adapter_config.json.; merge it"),
 }
 
@@ -197,7 +203,8 @@ def test_a_panic_of_a_reader_is_the_fault_of_the_file_but_an_interrupt_is_not(fo
         def __init__(self, error): self.error = error
         def from_pretrained(self, *_, **__): raise self.error
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(ValueError, match="PanicException: index out of range"): from_pretrained(Loader(panic("index out of range")), str(folder))
+    with pytest.raises(ValueError, match="PanicException: index out of range"):
+        from_pretrained(Loader(panic("index out of range")), str(folder))
     with pytest.raises(KeyboardInterrupt): from_pretrained(Loader(KeyboardInterrupt()), str(folder))
 
 

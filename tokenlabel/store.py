@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DISK', 'DEFAULT', 'POINTER', 'MASK', 'cache_dir', 'short', 'disk_fault', 'sha256', 'inventory', 'damage',
            'naming_variable', 'built', 'pip_download', 'is_pointer', 'file_fault', 'weight_files', 'folder_fault',
-           'quantization', 'some', 'loading_fault', 'weights_fault', 'stored_types', 'integers_fault', 'quiet',
-           'convert', 'converted_folder', 'fetch_default', 'default_folder', 'locate', 'from_pretrained', 'load_model']
+           'quantization', 'size_fault', 'some', 'loading_fault', 'weights_fault', 'stored_types', 'integers_fault',
+           'quiet', 'convert', 'converted_folder', 'fetch_default', 'default_folder', 'locate', 'from_pretrained',
+           'load_model']
 
 # %% ../nbs/33_store.ipynb #106d60fe
 import errno
@@ -40,11 +41,12 @@ def cache_dir() -> Path:
     "The folder of converted models: `$TOKENLABEL_CACHE` if it is set, else the user's cache folder on this platform."
     return Path(os.environ.get("TOKENLABEL_CACHE") or platformdirs.user_cache_dir("tokenlabel", False)).expanduser()
 
-# %% ../nbs/33_store.ipynb #1e8b9aa1
+# %% ../nbs/33_store.ipynb #64551dd5
 def short(error: BaseException) -> str:
     "An error in one line of at most 300 characters; with its class, unless the class says no more than its text."
     text = " ".join(str(error).split())
-    if type(error) not in (Exception, OSError, ValueError, ImportError, ConnectionError): text = f"{type(error).__name__}: {text}"
+    plain = type(error) in (Exception, OSError, ValueError, ImportError, ConnectionError)
+    if not plain: text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 300 else text[:299] + "…"
 
 # %% ../nbs/33_store.ipynb #15753b45
@@ -176,14 +178,14 @@ def file_fault(path: Path) -> str | None:
         newer = ", or is of a newer kind" if path.name == "tokenizer.json" else ""
         return f"it is cut or damaged{newer}: {short(error)}"
 
-# %% ../nbs/33_store.ipynb #b0479d29
+# %% ../nbs/33_store.ipynb #ec245791
 def weight_files(folder: Path) -> list[Path]:
     "The files of weights that `transformers` reads in a folder, the index first if there is one."
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
         if (path := folder / name).exists():
             if path.suffix != ".json" or file_fault(path): return [path]
             shards = json.loads(path.read_bytes()).get("weight_map")
-            return [path, *(folder / shard for shard in sorted({*map(str, shards.values())}))] if isinstance(shards, dict) else [path]
+            return [path, *(folder / shard for shard in sorted({*map(str, shards.values())} if isinstance(shards, dict) else ()))]
     return []
 
 
@@ -195,14 +197,15 @@ def folder_fault(folder: Path) -> str | None:
         if fault := file_fault(path): return f"{path}: {fault}"
     return _config_fault(folder / "config.json")
 
-# %% ../nbs/33_store.ipynb #c22bfc56
+# %% ../nbs/33_store.ipynb #4fb8c9f0
 def quantization(config: Path) -> str | None:
     "The method that quantized a model, by its config.json; None for plain weights."
     settings = json.loads(config.read_bytes())
-    settings = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if isinstance(settings, dict) and not method and any(str(key).startswith("load_in_") for key in settings): method = "bitsandbytes"
-    return None if not settings else str(method or "an unnamed method")
+    found = [part.get("quantization_config") for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
+    if not (settings := next(filter(None, found), None)): return None
+    if not isinstance(settings, dict): return str(settings)
+    bits = "bitsandbytes" if {"load_in_8bit", "load_in_4bit"} & settings.keys() else "an unnamed method"
+    return str(settings.get("quant_method") or bits)
 
 
 def _config_fault(path: Path) -> str | None:
@@ -211,6 +214,19 @@ def _config_fault(path: Path) -> str | None:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         with torch.device("meta"): AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error: return f"{path}: {short(error)}"
+
+# %% ../nbs/33_store.ipynb #3ea6aa71
+def size_fault(folder: Path) -> str | None:
+    "A number in config.json that asks for far more weights than the files hold."
+    with suppress(ValueError, RecursionError, OSError, AttributeError):  # for these, the loader has a message
+        settings = json.loads((folder / "config.json").read_bytes())
+        files = [path for path in weight_files(folder) if path.suffix != ".json"]
+        if not files or any(map(is_pointer, files)): return None
+        held, widths = sum(path.stat().st_size for path in files), ("hidden_size", "n_embd", "d_model")
+        width = next((settings[name] for name in widths if name in settings), None)
+        for name in (*widths, "vocab_size", "intermediate_size", "n_inner", "num_hidden_layers", "n_layer"):
+            if isinstance(width, int) and isinstance(size := settings.get(name), int) and size * width > 4 * held > 0:
+                return f"{folder / 'config.json'}: {name} is {size:,}, and the files of weights have {held:,} bytes only"
 
 # %% ../nbs/33_store.ipynb #5e58735a
 MASK = r"\.(attn|attention)\.(masked_)?bias$|\.causal_mask$"  # buffers that older versions saved beside the weights
@@ -375,9 +391,10 @@ def from_pretrained(loader, location: str, **settings):
             if fault and reason not in fault: fault += f" ({reason})" if "quantized" in fault else ""
             raise kind(f"cannot load {fault or f'{location}{where}: {reason}'}") from error
 
-# %% ../nbs/33_store.ipynb #25d00484
+# %% ../nbs/33_store.ipynb #9c892674
 def load_model(location: str, dtype: torch.dtype | str) -> PreTrainedModel:
     "A causal language model with all of its weights. Raises ValueError, which names the file, for any other."
+    if fault := size_fault(Path(location)): raise ValueError(fault)
     model, report = from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True,
                                     ignore_mismatched_sizes=True)
     folder = Path(location)
