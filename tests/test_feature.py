@@ -383,7 +383,7 @@ def test_spans_are_found_in_linear_time():
         assert len(feature.spans[0]) == n // 2
         return time.perf_counter() - start
     seconds(100)
-    assert seconds(20_000) < 25 * min(seconds(2_000) for _ in range(3))
+    assert min(seconds(20_000) for _ in range(2)) < 50 * min(seconds(2_000) for _ in range(3))
 
 
 def test_plain_text_shows_the_active_parts_in_brackets():

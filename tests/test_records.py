@@ -51,6 +51,7 @@ def test_a_table_of_texts_has_a_row_for_each_span(tmp_path):
     *((LINES.replace("fig", word).encode(encoding), rf"not in UTF-8 \(line 2\).* {encoding} \(which gives '{word}'\)")
       for encoding, word in [("windows-1252", "über"), ("koi8-r", "яблоко"), ("windows-1251", "яблоко"), ("gb18030", "苹果"),
                              ("windows-1253", "μήλο"), ("euc_kr", "사과"), ("shift_jis", "りんご")]),
+    (LINES.encode() + b"x" * 5000 + b"\xfc" * 5000, r"not in UTF-8 \(line 5\)"), (b"\x80" * 10**6, r"not in UTF-8 \(line 1\)"),
     (b"PAR1" + bytes(9), "the file is a Parquet file"), (b"PK\x03\x04" + bytes(9), "a ZIP archive or an Excel file"),
     (b"<!DOCTYPE html><html>" + bytes(9), "a web page"), (b"\x80\x04\x95", "a pickle"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),

@@ -36,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
         raise ValueError(f"the file is {kind}" + ("" if ";" in kind else "; give JSON lines or a table (CSV, TSV)"))
     return data
 
-# %% ../nbs/37_records.ipynb #c26c67b1
+# %% ../nbs/37_records.ipynb #c881ebf9
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before UTF-16, whose mark begins alike
          codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 ENCODINGS = ("windows-1252", "windows-1250", "windows-1251", "koi8-r", "windows-1253", "shift_jis", "euc_jp", "gb18030",
@@ -52,15 +52,15 @@ def _oddity(text: str) -> int:
         odd += accents or script(a) != script(b) or b.isupper()
     return odd
 
-def _guesses(line: bytes) -> list[tuple[str, str]]:  # encoding; a word that it gives
+def _guesses(cell: bytes) -> list[tuple[str, str]]:  # encoding; a word that it gives
     found = []
     for encoding in ENCODINGS:
-        try: text = line.decode(encoding)
+        try: text = cell.decode(encoding)
         except UnicodeDecodeError: continue
-        found.append((_oddity(text), encoding, regex.search(r"[\w--_]*[^\p{ASCII}]+[\w--_]*", text, regex.V1)[0]))
+        if word := regex.search(r"\w*[^\p{ASCII}]+\w*", text): found.append((_oddity(text), encoding, word[0]))
     return [guess[1:] for guess in found if guess[0] == min(found)[0]][:4]  # the least odd
 
-# %% ../nbs/37_records.ipynb #b19b81af
+# %% ../nbs/37_records.ipynb #7acadcdd
 def decode(data: bytes) -> str:
     "UTF-8 as text, without a byte order mark. Raises ValueError, which names the encoding, for other bytes."
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
@@ -70,8 +70,9 @@ def decode(data: bytes) -> str:
     if encoding: raise ValueError(f"the file is in {encoding}; save it as UTF-8, as with: iconv -f {encoding} -t UTF-8")
     try: text = data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        line = data[data.rfind(b"\n", 0, error.start) + 1:][:2000].split(b"\n")[0]
-        guesses = " or ".join(f"{name} (which gives {excerpt(word)})" for name, word in _guesses(line))
+        begin = max(data.rfind(mark, 0, error.start) for mark in (b"\n", b"\t", b'"', b",", b";")) + 1
+        cell = regex.match(rb'[^\n\t",;]*', data[begin:error.start + 100])[0]
+        guesses = " or ".join(f"{name} (which gives {excerpt(word, 20)})" for name, word in _guesses(cell))
         raise ValueError(f"the file is not in UTF-8 (line {data.count(10, 0, error.start) + 1}); save it as UTF-8"
                          f"{guesses and ', it may be in '}{guesses}") from None
     if "\0" in text: raise ValueError("the file is not text, it has zero bytes")

@@ -60,13 +60,13 @@ def trim(text: str) -> str:
     first = VISIBLE.search(text)
     return text[first.start():LAST.search(text).end()] if first else ""
 
-# %% ../nbs/36_words.ipynb #f6a14553
+# %% ../nbs/36_words.ipynb #16951821
 PIECE = regex.compile(r"""(?V1wxs)
     \p{RI}{1,2} [\p{WB=Extend}\p{WB=ZWJ}\p{WB=Format}]*    # a flag; in a long row of flags the boundary is slow to find
   | .+? \b (?! (?<=[\w&&\P{ASCII}]) [ーｰ々〻ゝゞヽヾ] )    # not before a long mark or an iteration mark
 """)
 LETTER = regex.compile(r"[\w--\p{M}--\p{Join_Control}]", regex.V1)
-EMOJI = regex.compile(r"\p{Extended_Pictographic}|\p{RI}|\u20e3")
+EMOJI = regex.compile(r"\p{Extended_Pictographic}|\p{Emoji_Modifier}|\p{RI}|\u20e3")
 
 def split_words(text: str) -> list[tuple[int, int, str]]:  # start, end, type
     "The words, emoji and runs of punctuation of a text; together they cover all that is visible."
