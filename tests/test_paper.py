@@ -9,6 +9,7 @@ import pytest
 from tokenlabel.cli import main
 from tokenlabel.evaluator import check_evaluator
 from tokenlabel.feature import Feature
+from tokenlabel.files import write_json
 from tokenlabel.label import begin, label_feature
 from tokenlabel.notebooks import list_experiments, run_experiment
 from tokenlabel.paper import (PAPER, Verdict, claim_settings, failure_cause, load_verdicts, make_verdict, overview, reproduce,
@@ -26,7 +27,7 @@ def example(**changes) -> Verdict:
         experiment="animals", form="isolated words", paper="converges to `animal`", labels=["·animal", "·animals"],
         matches=[True, True], auroc=[.9, 1.], balanced_accuracy=[.8, .9], evaluator_auroc=.95, evaluator_low=.9,
         evaluator_high=1., evaluator="can", share=1., low=.34, high=1., verdict="reproduced", reason="", details=[], lm="some",
-        discriminator="channel", preset="default", seconds=10.), **changes)
+        discriminator="channel", preset="default", seconds=10., descent=[" animal", " animal"], descent_matches=[True, False]), **changes)
 
 
 # the paper's settings
@@ -111,19 +112,22 @@ def test_the_cause_is_the_search_if_a_right_word_has_the_lower_loss(found, lm):
 
 def test_verdicts_come_back_in_the_papers_order_and_sum_up(tmp_path):
     numbers = example(experiment="numbers", verdict="deviates", share=0., labels=["·金", "·age"], matches=[False, False],
-                      low=0., high=.66, reason="so")
+                      low=0., high=.66, reason="so", descent=[], descent_matches=[])
     for name, one in ("numbers", numbers), ("animals_texts", example(form="running text")), ("animals_words", example()):
-        (tmp_path / f"{name}.json").write_text(json.dumps(asdict(one)))
+        write_json(tmp_path / f"{name}.json", "verdict", asdict(one))
     assert load_verdicts(tmp_path) == [example(), example(form="running text"), numbers] == sum_up(tmp_path)
     assert (tmp_path / "summary.pdf").stat().st_size and (tmp_path / "summary.png").stat().st_size
     table = verdict_table(load_verdicts(tmp_path)).splitlines()
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1
     assert "1 × `·金`" in table[-1] and "**deviates**: so" in table[-1]
+    assert "| 2 × `·animal` | 1 of 2 |" in table[2] and "not measured" in table[-1]
 
 
 def test_a_verdict_of_another_version_is_named(tmp_path):
-    (tmp_path / "numbers.json").write_text('[{"experiment": "numbers"}]')
+    write_json(tmp_path / "numbers.json", "verdict", {"experiment": "numbers"})
     with pytest.raises(ValueError, match="numbers.json is no verdict of this version"): load_verdicts(tmp_path)
+    (tmp_path / "numbers.json").write_text('[{"experiment": "numbers"}]')
+    with pytest.raises(ValueError, match="numbers.json is damaged"): load_verdicts(tmp_path)
 
 
 def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) == [] and not list(tmp_path.iterdir())

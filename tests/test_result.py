@@ -35,7 +35,7 @@ def make_result(name="animals", label_tokens: int = 1, seed: int = 0, **changes)
                                discrete_accuracy_loss=0.6 if step == 0 else np.nan, tokens=["·animal", "·car"],
                                probabilities=[0.6, 0.1]) for step in range(3) for r in range(2)])
     settings = Settings(label_tokens=label_tokens, steps=3, seed=seed)
-    soft = dict(loss=0.4, accuracy_loss=0.321, entropy=0.1, kl=3.0, restart=0, loss_gap=0.02)
+    soft = dict(label=" animals", probability=0.9, loss=0.4, accuracy_loss=0.321, entropy=0.1, kl=3.0, restart=0, loss_gap=0.02)
     return LabelResult(**dict(label=" animal", feature=feature, ranking=ranking, heldout=heldout, trace=trace, soft=soft,
                               settings=settings, lm="tiny", dtype="float32", threads=1, prompts=("Examples of {label}:",),
                               interrupted=False, seconds=1.5) | changes)

@@ -264,3 +264,16 @@ def test_the_default_model_tells_all_words_apart(lm):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenize(Feature.from_words("f", ["日本", "中国", "Apple", "ЖUK"], ["🍎", "ж", "apple", "жuk"]), lm)
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+def test_a_text_that_the_model_cannot_take_is_refused_before_the_work(tiny_lm):
+    feature = Feature.from_texts("long", ["the cat and " * 4000], [[(4, 7, 1.0)]])
+    with pytest.raises(ValueError, match="tokens and .* takes 256; split it"): tokenize(feature, tiny_lm("llama"))
+
+
+def test_a_family_emoji_is_one_example(tiny_lm):
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"
+    tokens = tokenize(Feature.from_texts("family", [f"a {family} b", "a b"], [[(2, 2 + len(family), 1.0)], []]), tiny_lm("llama"))
+    assert [kind for kind, a in zip(tokens.types, tokens.activation) if a] == [family]

@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/47_cli.ipynb #1329f935
-import argparse, ast, os, re, signal, socket, sys
+import argparse, ast, os, re, signal, socket, sys, warnings
 from contextlib import closing
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -24,12 +24,12 @@ def _value(text: str) -> Any:
 def _label(options) -> int:
     from tokenlabel.settings import FIELDS, make_settings
     settings = make_settings(**{name: value for name, value in vars(options).items() if name in FIELDS})
-    from tokenlabel.feature import Feature
     from tokenlabel.files import check_saved
-    feature = Feature.from_jsonl(options.feature)
+    from tokenlabel.read import file_stem, read_feature
+    feature = read_feature(options.feature)
     from tokenlabel.label import label_feature
     from tokenlabel.lm import load_lm
-    out = options.out or Path("runs") / options.feature.stem
+    out = options.out or Path("runs") / file_stem(options.feature)
     check_saved(out, "result")  # before the search, not after
     result = label_feature(feature, load_lm(options.lm, dtype="fastest"), settings)
     print(result)
@@ -170,6 +170,7 @@ def main(
     # can sleep instead, but have to be told before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends like Ctrl-C: all tidied up
+    warnings.formatwarning = lambda message, *_, **__: f"tokenlabel: warning: {message}\n"
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a label may be of any script
     try: return options.command(options)
     except KeyboardInterrupt:

@@ -26,15 +26,15 @@ from tqdm.auto import tqdm
 from .candidates import propose, shortlist
 from .feature import ACTIVE, Feature
 from .forward import Discriminator, label_log_probs
+from .label import begin
 from .lm import LM
 from .objective import calibrate, class_weights, cross_entropy, kl_divergence
 from .exhaustive import Meter, count_positions, evaluate, label_ids
 from .plot import COLORS, HEIGHT, WIDTH, name_ends, style
 from .rank import discrete_loss, rank_labels
-from .search import Search, has_collapsed, initial_v, make_discriminator, schedule
+from .search import Search, has_collapsed, initial_v, schedule
 from .settings import Settings, kl_weight, make_settings
 from .softlabel import embed_softlabel, log_softlabel
-from .tokenize import tokenize
 
 # %% ../nbs/22_compare.ipynb #41634933
 class Problem:
@@ -265,8 +265,7 @@ def compare_all(
         for feature in features:
             for seed in seeds:
                 settings, limit, found = make_settings(seed=seed, **changes), budget, []
-                heldout = feature.heldout_types(settings.heldout, seed) if settings.heldout else frozenset()
-                discriminator = make_discriminator(lm, tokenize(feature, lm, heldout), settings)
+                discriminator = begin(feature, lm, settings).discriminator
                 for name, method in methods.items():
                     found.append(compare(method, discriminator, limit or 1, settings).assign(method=name))
                     if limit is None: limit = int(found[0].positions.max())

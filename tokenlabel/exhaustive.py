@@ -28,14 +28,13 @@ from .channel import Channel, ChannelBatch, Prompt, pack
 from .feature import Feature
 from .files import check_seal, sealed_folder, write_file
 from .forward import Discriminator, Stage
+from .label import begin
 from .lm import LM
 from .objective import class_weights, cross_entropy, fit_bias
 from .prompts import plain_prompts, prompts_from
 from .rank import discrete_loss, rank_labels, stop_penalty, train_logits
 from .result import LabelResult
-from .search import make_discriminator
 from .settings import Settings, kl_weight, make_settings
-from .tokenize import tokenize
 
 # %% ../nbs/21_exhaustive.ipynb #12866618
 class Meter:
@@ -278,8 +277,7 @@ def oracle(
     entry = None if runs is None else cache_entry(key, runs)
     if entry is not None and (kept := read_entry(entry, Oracle.load)) is not None: return kept
     with count_positions(lm) as meter:
-        heldout = feature.heldout_types(settings.heldout, settings.seed) if settings.heldout else frozenset()
-        discriminator = make_discriminator(lm, tokenize(feature, lm, heldout), settings)
+        discriminator = begin(feature, lm, settings).discriminator
         ids, scored = label_ids(labels, discriminator), replace(settings, kl_weight=kl_weight(settings, discriminator))
         file = None if entry is None else entry.with_name(f"{entry.name}-progress.npz")
         state, start = evaluate_all(discriminator, scored, ids, top, file, meter, progress), time.perf_counter()

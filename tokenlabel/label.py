@@ -27,7 +27,7 @@ from .score import heldout_table
 from .search import Search, has_collapsed, make_discriminator
 from .settings import Settings, kl_weight, make_settings
 from .softlabel import embed_softlabel
-from .tokenize import TokenizedFeature, tokenize
+from .tokenize import TokenizedFeature, readable_words, tokenize
 
 # %% ../nbs/16_label.ipynb #5b9460d8
 def check_arguments(feature: Feature, lm: LM) -> None:
@@ -59,6 +59,7 @@ def begin(
 ) -> Search:
     "A search for this feature's label, before its first step; raises ValueError for data that cannot work."
     check_arguments(feature, lm)
+    feature = readable_words(feature, lm)
     types = feature.heldout_types(settings.heldout, settings.seed) if settings.heldout else frozenset()
     tokens = tokenize(feature, lm, types)
     check_classes(tokens)
@@ -89,7 +90,7 @@ def run(
 # %% ../nbs/16_label.ipynb #6c08cb5e
 @torch.no_grad()
 def score_soft(search: Search, rows: list[dict]) -> tuple[dict, Tensor]:  # see `LabelResult.soft`; logits [E]
-    "Losses of the best restart's soft label on all training examples, and its calibrated logits for all examples."
+    "The best restart's soft label: its losses on all training examples, its argmax, and its calibrated logits for all examples."
     judge, settings, tokens = search.discriminator, search.settings, search.discriminator.tokens
     last = min(rows[-len(search.v):], key=lambda row: row["loss"])
     log_p = search.log_p(last["temperature"])[[last["restart"]]]
@@ -100,7 +101,9 @@ def score_soft(search: Search, rows: list[dict]) -> tuple[dict, Tensor]:  # see 
     weights = RowWeights(settings.accuracy_weight, last["entropy_weight"], kl_weight(settings, judge))
     losses = objective(z, on.to(z.device), off.to(z.device), log_p, prior, weights, judge.needs_scale)
     numbers = zip(("loss", "accuracy_loss", "entropy", "kl"), map(float, losses[:4]))
-    return dict(numbers, restart=last["restart"]), (losses.scale[:, None] * z + losses.bias[:, None])[0]
+    top = log_p[0].reshape(-1, log_p.shape[-1]).max(-1)
+    descent = dict(label="".join(map(judge.lm.token, top.indices.tolist())), probability=float(top.values.sum().exp()))
+    return dict(numbers, restart=last["restart"], **descent), (losses.scale[:, None] * z + losses.bias[:, None])[0]
 
 # %% ../nbs/16_label.ipynb #7b470c11
 def rank_candidates(search: Search, interrupted: bool) -> tuple[pd.DataFrame, Tensor, bool]:

@@ -38,10 +38,10 @@ def reach(
     if not label.strip(): raise ValueError(f"the label is {label!r}; give a word")
     # A feature needs two classes: the shortest of "a", "aa", ... that is not in the pool is the inactive word.
     other = next(word for n in range(1, len(words) + 2) if (word := "a" * n) not in words)
-    discriminator = channel(lm, tokenize(Feature.from_words("pool", active=words, inactive=[other]), lm))
+    discriminator = channel(lm, tokens := tokenize(Feature.from_words("pool", active=words, inactive=[other]), lm))
     ids = torch.tensor([lm.encode(label)], device=lm.device)
     z = torch.cat([discriminator.token_logits(ids, batch) for batch in discriminator.batches()], 1)[0]
-    return {words[i]: float(z[i]) for i in z[:len(words)].argsort(descending=True).tolist()}
+    return {word: float(z[i]) for i in z.argsort(descending=True).tolist() if (word := tokens.strings[i]) != other}
 
 # %% ../nbs/23_negatives.ipynb #b5ed6134
 def harden(

@@ -10,7 +10,7 @@ __all__ = ['PAPER', 'PaperRun', 'Claim', 'claim_settings', 'claim_lm', 'overview
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from .evaluator import EvaluatorCheck, check_evaluator, right_labels
 from .feature import Feature
 from .files import read_json, write_json
 from .label import begin
-from .lm import LM, load_lm
+from .lm import LM, load_lm, visible
 from .many import Job, label_all
 from .plot import save_figure
 from .prompts import PAPER_QUESTIONS, Question
@@ -130,6 +130,7 @@ def overview(
     for result in results:
         scores, best = result.heldout.pivot(index="label", columns="metric", values="value"), result.ranking.iloc[0]
         rows.append({"label": best.token, "match": result.label.strip().casefold() in words,
+                     "descent": result.soft["label"], "descent match": result.soft["label"].strip().casefold() in words,
                      "runner-up": result.ranking.token.get(1, ""), "accuracy loss": best.accuracy_loss, "KL": best.kl,
                      "held-out AUROC": scores.auroc["discrete"],
                      "held-out balanced accuracy": scores.balanced_accuracy["discrete"],
@@ -178,6 +179,8 @@ class Verdict:
     discriminator: str
     preset: str
     seconds: float  # median over the seeds
+    descent: list[str] = field(default_factory=list)  # of each seed: the label at which the descent alone ends
+    descent_matches: list[bool] = field(default_factory=list)
 
 # %% ../nbs/43_paper.ipynb #2eda601c
 def make_verdict(
@@ -201,7 +204,7 @@ def make_verdict(
                    float(right.low), float(right.high), check.verdict, share, float(interval.low), float(interval.high),
                    "reproduced" if share >= 0.9 else "partly" if share >= 0.5 else "deviates", reason,
                    [why for _, why in causes], results[0].lm, results[0].settings.discriminator, preset,
-                   float(seeds.seconds.median()))
+                   float(seeds.seconds.median()), seeds.descent.tolist(), seeds["descent match"].tolist())
 
 # %% ../nbs/43_paper.ipynb #7dc8a46f
 @dataclass(frozen=True, eq=False)
@@ -278,8 +281,11 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     "The verdicts as a Markdown table."
     def because(v: Verdict) -> str:
         return v.reason and (", but " if v.verdict == "reproduced" and not all(v.matches) else ": ") + v.reason
-    head = ("Experiment", "The paper", "Found", "Seeds", "Held-out AUROC", "Evaluator's AUROC", "Verdict")
-    rows = [(f"{v.experiment}, {v.form}", v.paper, ", ".join(f"{n} × `{label}`" for label, n in Counter(v.labels).most_common()),
+    def counted(labels: Sequence[str]) -> str:
+        return ", ".join(f"{n} × `{label}`" for label, n in Counter(labels).most_common())
+    head = ("Experiment", "The paper", "Descent alone", "Seeds", "With ranking", "Seeds", "Held-out AUROC", "Evaluator's AUROC", "Verdict")
+    rows = [(f"{v.experiment}, {v.form}", v.paper, counted(visible(label.encode()) for label in v.descent) or "not measured",
+             f"{sum(v.descent_matches)} of {len(v.descent)}" if v.descent else "", counted(v.labels),
              f"{sum(v.matches)} of {len(v.matches)} [{v.low:.2f}, {v.high:.2f}]", f"{median(v.auroc):.2f}",
              f"{v.evaluator_auroc:.2f}", f"**{v.verdict}**{because(v)}") for v in verdicts]
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]

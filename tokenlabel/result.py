@@ -32,7 +32,8 @@ class LabelResult:
     ranking: pd.DataFrame  # from `rank_labels`, best first; with step and restart of the first occurrence, -1 if none
     heldout: pd.DataFrame  # label ("discrete", "soft", "chance"), metric, value, low, high; empty if nothing is held out
     trace: pd.DataFrame  # one row per step and restart, from `Search.step`
-    soft: dict  # best soft label: restart, loss, accuracy_loss, entropy, kl; loss_gap: discrete loss without stop - loss
+    soft: dict  # where the best restart ends: label (its argmax), probability, restart, loss, accuracy_loss, entropy, kl;
+    # loss_gap: discrete loss without stop - loss
     settings: Settings
     lm: str  # name of the language model
     dtype: str  # data type of the model, such as "float32"
@@ -47,7 +48,8 @@ def headline(self: LabelResult) -> str:
     "The label and how it was found, in one line."
     restarts, steps = self.trace.restart.nunique(), self.trace.step.nunique()
     return (f"{self.feature.name}: {self.label!r}{' (interrupted)' if self.interrupted else ''}  "
-            f"{restarts} restarts, {steps} steps, {self.seconds:.0f} s; "
+            f"{restarts} restarts, {steps} steps, {self.seconds:.0f} s; the descent alone ends at {self.soft['label']!r} "
+            f"(probability {self.soft['probability']:.2f}); "
             f"accuracy loss {self.ranking.accuracy_loss[0]:.3f}, as a soft label {self.soft['accuracy_loss']:.3f}")
 
 # %% ../nbs/15_result.ipynb #182c6d82

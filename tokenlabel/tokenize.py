@@ -6,8 +6,9 @@
 __all__ = ['TokenizedFeature', 'token_ranges', 'token_activation', 'token_type', 'continues_example', 'text_examples',
            'read_alike', 'readable_words', 'tokenize']
 
-# %% ../nbs/03_tokenize.ipynb #3d0fcd61
+# %% ../nbs/03_tokenize.ipynb #850e2f80
 import re, unicodedata, warnings
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .feature import ACTIVE, Feature, Span, excerpt, located, occurrences, split_words, word_types
 from .lm import LM
+from .words import EMOJI
 
 # %% ../nbs/03_tokenize.ipynb #87df4fd3
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ def token_ranges(
         limit = start
     return ids, [extended.get(here, here) for here in ranges]
 
-# %% ../nbs/03_tokenize.ipynb #596be1ce
+# %% ../nbs/03_tokenize.ipynb #0bdc8456
 def token_activation(
     text: str,
     here: tuple[int, int],  # range of the token
@@ -67,27 +69,29 @@ def token_activation(
 ) -> float:
     "The activation of a token. Raises ValueError if a span ends inside the token."
     start, end = here
-    span = next((span for span in spans if start < end and span.overlaps(start, end)), None)
-    if span is None: return 0.0
+    k = bisect_right(spans, start, key=lambda span: span.end)  # the first span that ends after the token's start
+    if start == end or k == len(spans) or spans[k].start >= end: return 0.0
+    span = spans[k]
     if span.start <= start and end <= span.end: return span.activation
     cut = [next(((a, b) for a, b in ranges if a < at < b), (at, at)) for at in span[:2]]  # tokens cut by the span's ends
     near = tuple(a if at - a <= b - at else b for (a, b), at in zip(cut, span[:2]))  # each end moves to the nearer edge
-    if near[0] >= near[1]: near = cut[0][0], cut[1][1]
+    if not text[slice(*near)].strip(): near = cut[0][0], cut[1][1]
     raise ValueError(
         f"span [{span.start}, {span.end}) {excerpt(text[span.start:span.end])} cuts through the token "
         f"[{start}, {end}) {excerpt(text[start:end])}; the nearest span that does not is "
         f"[{near[0]}, {near[1]}) {excerpt(text[slice(*near)])}")
 
-# %% ../nbs/03_tokenize.ipynb #d1b717c8
+# %% ../nbs/03_tokenize.ipynb #ecd563c1
 def token_type(
     here: tuple[int, int],  # range of the token
     words: Sequence[tuple[int, int, str]],  # `split_words` of the text
 ) -> str:
     "The type of the first word that the token touches, else of the first punctuation, else ''."
-    touched = [kind for start, end, kind in words if start < here[1] and here[0] < end]
+    touched, k = [], bisect_right(words, here[0], key=lambda word: word[1])
+    while k < len(words) and words[k][0] < here[1]: touched, k = [*touched, words[k][2]], k + 1
     return next((kind for kind in touched if re.match(r"\w", kind)), touched[0] if touched else "")
 
-# %% ../nbs/03_tokenize.ipynb #9984912a
+# %% ../nbs/03_tokenize.ipynb #153747c8
 def continues_example(
     text: str,
     before: tuple[int, int],  # range of the token before
@@ -98,10 +102,11 @@ def continues_example(
     (start, middle), (s, e) = before, here
     if start == middle or s == e: return False
     if start == s: return True  # fragments of one character, or a lone space and its word
-    wide = unicodedata.east_asian_width(text[s]) in "WF"  # Chinese, Japanese, Korean
-    return s == middle and not wide and any(a <= start and e <= b for a, b, _ in words)
+    wide = unicodedata.east_asian_width(text[s]) in "WF" and not EMOJI.match(text[s])  # Chinese, Japanese, Korean
+    k = bisect_right(words, start, key=lambda word: word[1])  # the first word that ends after the start
+    return s == middle and not wide and k < len(words) and words[k][0] <= start and e <= words[k][1]
 
-# %% ../nbs/03_tokenize.ipynb #9e0608be
+# %% ../nbs/03_tokenize.ipynb #6e982626
 def text_examples(
     text: str,
     spans: Sequence[Span],
@@ -111,6 +116,8 @@ def text_examples(
 
     Raises ValueError if a span ends inside a token."""
     ids, ranges = token_ranges(text, lm)
+    if len(ids) > (lm.context_length or len(ids)):  # before the work
+        raise ValueError(f"has {len(ids)} tokens and {lm.name} takes {lm.context_length}; split it")
     words = split_words(text)
     activations = [token_activation(text, here, spans, ranges) for here in ranges]
     starts = [k for k, (activation, here) in enumerate(zip(activations, ranges)) if not (
@@ -134,10 +141,13 @@ def read_alike(
 
 # %% ../nbs/03_tokenize.ipynb #6cc3859a
 def readable_words(
-    feature: Feature,  # of isolated words
+    feature: Feature,
     lm: LM,
 ) -> Feature:
-    "The feature without the words that the model cannot tell from a word of the other class. Warns, or raises ValueError."
+    """The feature without the words that the model cannot tell from a word of the other class; texts stay as they are.
+
+    Warns of words that are left out. Raises ValueError if no word of a class is left."""
+    if not feature.isolated: return feature
     documents = []
     for i, word in enumerate(feature.texts):
         with located(f"word {i} ({excerpt(word)})"): documents.append(lm.encode(" " + word))
@@ -169,7 +179,7 @@ def tokenize(
     Raises ValueError if a span cuts a token, for control tokens, for texts without tokens, and for unknown held-out types."""
     if unknown := sorted(set(heldout) - set(word_types(feature))):
         raise ValueError(f"held-out types {unknown[:5]} are not among the word types of the feature")
-    if feature.isolated: feature = readable_words(feature, lm)
+    feature = readable_words(feature, lm)
     documents, examples, token_example = [], [], []
     for i, (text, spans, kinds) in enumerate(zip(feature.texts, feature.spans, occurrences(feature))):
         with located(f"{feature.mode[:-1]} {i} ({excerpt(text)})"):
