@@ -25,7 +25,7 @@ SERVE := $(if $(BIND),--host $(BIND)) $(if $(PORT),--port $(PORT)) $(if $(PUBLIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce check test workshop export browser
+.PHONY: help reproduce check test fuzz workshop export browser
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test: $(STAMP) browser ## check that code, notebooks and README agree, run the l
 	$(BIN)/tokenlabel fetch
 	$(BIN)/python -m pytest -ra tests/test_browser.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py tests
+
+fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs of each kind, SEED=another draw)
+	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py
 
 workshop: $(STAMP) ## serve the explorer as a web page on this computer   (PORT=n; for others, too: BIND=address PUBLIC=1)
 	$(BIN)/tokenlabel fetch

