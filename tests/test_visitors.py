@@ -185,6 +185,7 @@ def test_ten_visitors_share_four_gigabytes_and_none_stops_the_others(workshop):
         used = memory(server)
         assert used < 4e9, f"{used / 1e9:.1f} GB"
         await visitors[0].socket.write_message(b"\xff" * 8, binary=True)  # says that it has 2 ** 64 - 1 parts
+        visitors[2].socket.close()  # during a run
         status, text, headers = await get(address)
         assert status == 200 and "number 1 in the queue" in text and len(kernels(server)) == 10
         again = address.split("?")[0] + headers["Refresh"].split("url=")[1]
@@ -192,4 +193,5 @@ def test_ten_visitors_share_four_gigabytes_and_none_stops_the_others(workshop):
         assert "number 2 in the queue" in (await get(address))[1] and "kernelId" in (await get(again))[1]
         await visitors[9].press("Run")
         await asyncio.wait_for(visitors[9].step(3), 60)
+        for _ in range(10): assert (await asyncio.wait_for(get(address.split("?")[0]), 10))[0] == 403, "the server answers"
     asyncio.run(visit())

@@ -7,8 +7,8 @@ __all__ = ['THREADS', 'PRIVATE', 'KERNEL', 'VISITOR', 'RESERVE', 'RELOAD', 'FILE
            'limit_process', 'give_back', 'Kernel', 'Provisioner', 'start_fork_server', 'count_places', 'Queue',
            'Visitors', 'Visit', 'is_frame', 'Socket', 'Page', 'configure', 'serve']
 
-# %% ../nbs/49_page.ipynb #5cf3ba4e
-import asyncio, ctypes, gc, multiprocessing, os, re, resource, secrets, socket, time
+# %% ../nbs/49_page.ipynb #e9ceabbd
+import ctypes, gc, multiprocessing, os, re, resource, secrets, socket, time
 from html import escape
 from importlib.metadata import EntryPoint
 from multiprocessing import forkserver
@@ -25,6 +25,7 @@ from jupyter_server.auth.decorator import allow_unauthenticated
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
+from tornado.websocket import WebSocketClosedError
 from traitlets.config import Config
 from voila.app import TornadoVoilaHandler, Voila, VoilaKernelWebsocketHandler
 
@@ -99,12 +100,12 @@ class Kernel(multiprocessing.get_context("forkserver").Process):
     def send_signal(self, number: int) -> None:
         if self.is_alive(): os.kill(self.pid, number)
 
-# %% ../nbs/49_page.ipynb #63ce6d01
+# %% ../nbs/49_page.ipynb #c06aabfc
 class Provisioner(LocalProvisioner):
     "Starts kernels as forks."
     async def launch_kernel(self, cmd, *, cwd=None, env=None, **_):
         self.process = Kernel(cmd[cmd.index("-f"):], cwd or os.getcwd(), dict(env or os.environ))
-        await asyncio.to_thread(self.process.start)
+        self.process.start()
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 
@@ -217,7 +218,7 @@ def is_frame(message: str | bytes) -> bool:
     return (6 <= count <= len(offsets) and offsets[0] == 8 * (count + 1) and offsets[count - 1] == len(message)
             and sorted(offsets[:count]) == offsets[:count])
 
-# %% ../nbs/49_page.ipynb #c4b87063
+# %% ../nbs/49_page.ipynb #8988336f
 class Socket(VoilaKernelWebsocketHandler):
     "The connection between a page and its kernel."
     def skip_check_origin(self) -> bool: return False
@@ -230,6 +231,10 @@ class Socket(VoilaKernelWebsocketHandler):
     def on_message(self, message: str | bytes) -> None:
         if is_frame(message): super().on_message(message)
         else: self.close(1003, "not a message of the protocol")
+
+    def write_message(self, message, binary: bool = False):
+        if isinstance(message, bytes) and not is_frame(message): raise WebSocketClosedError
+        return super().write_message(message, binary)
 
 # %% ../nbs/49_page.ipynb #5ac0fdba
 class Page(Voila):
