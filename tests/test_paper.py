@@ -100,6 +100,20 @@ def test_nine_in_ten_are_reproduced_and_half_are_partly(found, matches, of, word
     json.dumps(asdict(made))  # plain data
 
 
+def test_a_failure_that_is_found_again_is_only_consistent_with_the_paper(found):
+    results, check = found
+    seeds = overview([results[0]] * 5, ["fruit"]).assign(match=True)
+    assert make_verdict(PAPER["palindromes"], seeds, check, results).verdict == "consistent"
+
+
+def test_the_label_of_the_descent_is_the_argmax_of_the_best_restart(found):
+    [result, _], _ = found
+    last = result.trace[result.trace.step == result.trace.step.max()]
+    best = last.loc[last.loss.idxmin()]
+    assert overview([result], ["fruit"]).descent.tolist() == [result.soft["label"]]
+    assert result.soft["label"].strip() == best.tokens[0].strip("·") and result.soft["probability"] == pytest.approx(best.probabilities[0], abs=1e-3)
+
+
 def test_the_cause_is_the_search_if_a_right_word_has_the_lower_loss(found, lm):
     results, check = found
     worse, better = (replace(results[0], ranking=results[0].ranking.assign(loss=loss)) for loss in (99., -1.))

@@ -323,7 +323,7 @@ def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_the_evaluator(
 
 def test_a_verdict_is_a_word_and_a_symbol_of_its_own():
     symbols, colors = zip(*summary.VERDICTS.values())
-    assert len(set(symbols)) == len(set(colors)) == 3
+    assert len(set(symbols)) == len(set(colors)) == len(summary.VERDICTS)
     for verdict, (symbol, _) in summary.VERDICTS.items():
         words = shown(summary.plot_summary([make_verdict(verdict=verdict)]))
         assert words & {*summary.VERDICTS, *symbols} == {verdict, symbol}

@@ -86,7 +86,7 @@ def _is_loopback(host: str) -> bool:
     try: return ip_address(host).is_loopback
     except ValueError: return host == "localhost"
 
-def _workshop(options, idle: int = 300) -> int:  # seconds
+def _workshop(options) -> int:
     if not (_is_loopback(options.host) or options.public):
         raise ValueError(f"other computers can reach {options.host}, and everybody there could use this one; "
                          "add --public (with make: PUBLIC=1) if that is what you want")
@@ -98,12 +98,9 @@ def _workshop(options, idle: int = 300) -> int:  # seconds
         try: free.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
-    shown = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"In a few seconds the explorer is at http://{shown}:{options.port}/ (Ctrl-C ends it)", flush=True)
-    os.execv(sys.executable, [
-        sys.executable, "-m", "voila", str(page), "--no-browser", f"--Voila.ip={options.host}", f"--port={options.port}",
-        "--Voila.port_retries=0", f"--MappingKernelManager.cull_idle_timeout={idle}",
-        f"--MappingKernelManager.cull_interval={idle // 5}"])
+    from tokenlabel.page import serve
+    serve(page, options.host, options.port, options.public)
+    return 0
 
 # %% ../nbs/47_cli.ipynb #9cfbc5f8
 def _fetch(options) -> int:
@@ -126,9 +123,9 @@ def _parser(settings: bool) -> argparse.ArgumentParser:  # settings: with the op
         made.set_defaults(command=function)
         return made.add_argument
 
-    option = command(_label, "label", "find the label of the feature in a JSONL file")
-    option("feature", type=Path, metavar="FEATURE.jsonl", help='lines such as {"word": "saw", "activation": 1.0} or '
-           '{"text": "A saw is sharp.", "spans": [[2, 5, 1.0]]}')
+    option = command(_label, "label", "find the label of the feature in a file")
+    option("feature", type=Path, metavar="FEATURE", help='JSON lines such as {"word": "saw", "activation": 1.0} or {"text": '
+           '"A saw is sharp.", "spans": [[2, 5, 1.0]]}, a table with these columns, or a feature of Neuronpedia')
     option("--lm", metavar="NAME_OR_PATH", help="language model: a hub name, a folder or a .gguf file "
            "(default: the one that comes with the package)")
     option("--out", type=Path, metavar="FOLDER", help="where to save the result (default: runs/FEATURE)")

@@ -172,7 +172,7 @@ class Verdict:
     share: float  # of matching seeds
     low: float  # its 95 % interval
     high: float
-    verdict: str  # "reproduced", "partly" or "deviates"
+    verdict: str  # "reproduced", "partly" or "deviates"; "consistent" if a reported failure fails here, too
     reason: str  # the causes, counted
     details: list[str]  # of each seed that does something else
     lm: str
@@ -202,7 +202,7 @@ def make_verdict(
     return Verdict(claim.experiment, claim.form, claim.paper, seeds.label.tolist(), seeds.match.tolist(),
                    seeds["held-out AUROC"].tolist(), seeds["held-out balanced accuracy"].tolist(), float(right.auroc),
                    float(right.low), float(right.high), check.verdict, share, float(interval.low), float(interval.high),
-                   "reproduced" if share >= 0.9 else "partly" if share >= 0.5 else "deviates", reason,
+                   ("consistent" if claim.fails else "reproduced") if share >= 0.9 else "partly" if share >= 0.5 else "deviates", reason,
                    [why for _, why in causes], results[0].lm, results[0].settings.discriminator, preset,
                    float(seeds.seconds.median()), seeds.descent.tolist(), seeds["descent match"].tolist())
 
@@ -283,10 +283,13 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
         return v.reason and (", but " if v.verdict == "reproduced" and not all(v.matches) else ": ") + v.reason
     def counted(labels: Sequence[str]) -> str:
         return ", ".join(f"{n} × `{label}`" for label, n in Counter(labels).most_common())
-    head = ("Experiment", "The paper", "Descent alone", "Seeds", "With ranking", "Seeds", "Held-out AUROC", "Evaluator's AUROC", "Verdict")
-    rows = [(f"{v.experiment}, {v.form}", v.paper, counted(visible(label.encode()) for label in v.descent) or "not measured",
+    head = ("Experiment", "The paper", "Descent alone", "Seeds", "With ranking", "Seeds", "Held-out AUROC", "Evaluator's AUROC",
+            "Verdict")
+    rows = [(f"{v.experiment}, {v.form}", v.paper, counted([visible(label.encode()) for label in v.descent]) or "not measured",
              f"{sum(v.descent_matches)} of {len(v.descent)}" if v.descent else "", counted(v.labels),
              f"{sum(v.matches)} of {len(v.matches)} [{v.low:.2f}, {v.high:.2f}]", f"{median(v.auroc):.2f}",
              f"{v.evaluator_auroc:.2f}", f"**{v.verdict}**{because(v)}") for v in verdicts]
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    columns = [n for n in range(len(head)) if n not in (2, 3) or any(v.descent for v in verdicts)]
+    table = (head, ["---"] * len(head), *rows)
+    return "\n".join("| " + " | ".join(row[n] for n in columns) + " |" for row in table)

@@ -21,7 +21,8 @@ from matplotlib.transforms import Affine2D, Transform
 from .plot import COLORS, WIDTH, _shorten, drawable, style
 
 # %% ../nbs/35_summary.ipynb #716e4e18
-VERDICTS = {"reproduced": ("✔", COLORS["blue"]), "partly": ("◐", COLORS["orange"]), "deviates": ("✘", COLORS["vermillion"])}
+VERDICTS = {"reproduced": ("✔", COLORS["blue"]), "consistent": ("≈", COLORS["gray"]),
+            "partly": ("◐", COLORS["orange"]), "deviates": ("✘", COLORS["vermillion"])}
 
 def _check_verdicts(verdicts: Sequence[dict]):
     "Raise ValueError for a row that misses something or contradicts itself."
