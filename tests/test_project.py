@@ -201,8 +201,8 @@ def test_constraints_pin_versions_that_settings_allow(settings):
 def test_modules_import_only_what_settings_require(settings):
     names = {"PIL": "pillow"}
     required = {canonicalize_name(Requirement(text).name) for text in settings["requirements"].split()}
-    # Parts of Jupyter that ipykernel and papermill cannot do without.
-    required |= {"ipython", "jupyter-client", "nbclient", "traitlets"}
+    # Parts of Jupyter and transformers that these cannot do without.
+    required |= {"ipython", "jupyter-client", "nbclient", "tokenizers", "traitlets"}
     required |= {"ray"}  # an extra; without it `start_ray` says how to get it
     extra = {"page": {"voila", "jupyter-server", "tornado"}}  # voila is an extra, and brings the others
     for path in (ROOT / "tokenlabel").glob("*.py"):
