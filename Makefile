@@ -45,7 +45,7 @@ test: $(STAMP) browser ## check that code, notebooks and README agree, run the l
 fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs of each kind, SEED=another draw)
 	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py
 
-workshop: $(STAMP) ## serve the explorer as a web page on this computer   (PORT=n; for others, too: BIND=address PUBLIC=1)
+workshop: $(STAMP) ## serve the explorer at the printed address, with its token   (PORT=n; for others, too: BIND=address PUBLIC=1)
 	$(BIN)/tokenlabel fetch
 	$(BIN)/tokenlabel $(strip workshop $(SERVE))
 

@@ -99,7 +99,7 @@ def _workshop(options) -> int:
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
     from tokenlabel.page import serve
-    serve(page, options.host, options.port, options.public)
+    serve(page, options.host, options.port, public=not _is_loopback(options.host))
     return 0
 
 # %% ../nbs/47_cli.ipynb #9cfbc5f8

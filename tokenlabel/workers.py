@@ -82,7 +82,7 @@ def start_worker(
     code = f"import sys; sys.path = {list(map(str, sys.path))}; from tokenlabel.workers import serve; serve({tidy})"
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     ours, theirs = Pipe()
-    with theirs: process = Popen([sys.executable, "-c", code], stdin=theirs.fileno(), start_new_session=True,
+    with theirs: process = Popen([sys.executable, "-P", "-c", code], stdin=theirs.fileno(), start_new_session=True,
                                  env=os.environ | environment)
     if cpus: os.sched_setaffinity(process.pid, cpus)
     return Worker(process, ours, tidy)
