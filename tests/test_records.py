@@ -23,12 +23,12 @@ def read(folder, content, name="fruit.jsonl"):
     json.dumps([json.loads(line) for line in LINES.splitlines()], indent=1),
     "\n".join(json.dumps(json.loads(line), indent=1) for line in LINES.splitlines()),  # each object on several lines
     "\ufeff" + LINES.replace("\n", "\r\n\ufeff"),  # joined files
-    gzip.compress(LINES.encode()), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
+    gzip.compress(LINES.encode(), mtime=0), bz2.compress(LINES.encode()), lzma.compress(LINES.encode()),
     "word,activation\n" + "".join(f"{word},{a}\n" for word, a in FRUIT.items()),
     "Word;Active\r\n" + "".join(f'"{word}"; {a}\r\n' for word, a in FRUIT.items()),
     ",note,activation,word\n" + "".join(f"0,,{a},{word}\n" for word, a in FRUIT.items()),
     "".join(f"{word}\t{a}\n" for word, a in FRUIT.items()),  # two columns without names
-])
+], ids=lambda value: ascii(value)[:30])
 @pytest.mark.parametrize("name", ["fruit.jsonl", "fruit.json.gz", "fruit.txt"])  # the content decides
 def test_a_file_is_known_by_its_content(tmp_path, content, name): assert read(tmp_path, content, name) == FEATURE
 
@@ -55,9 +55,9 @@ def test_a_table_of_texts_has_a_row_for_each_span(tmp_path):
     (b"PAR1" + bytes(9), "the file is a Parquet file"), (b"PK\x03\x04" + bytes(9), "a ZIP archive or an Excel file"),
     (b"<!DOCTYPE html><html>" + bytes(9), "a web page"), (b"\x80\x04\x95", "a pickle"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),
-    (gzip.compress(LINES.encode())[:-9], "compressed, and cut off or damaged"),
-    (gzip.compress(LINES.encode())[:12] + b"x" * 50, "compressed, and cut off or damaged"),
-    (gzip.compress(b""), "the file is empty"), (b"\xef\xbb\xbf\r\n", "the file is empty"),
+    (gzip.compress(LINES.encode(), mtime=0)[:-9], "compressed, and cut off or damaged"),
+    (gzip.compress(LINES.encode(), mtime=0)[:12] + b"x" * 50, "compressed, and cut off or damaged"),
+    (gzip.compress(b"", mtime=0), "the file is empty"), (b"\xef\xbb\xbf\r\n", "the file is empty"),
     (b"[]", "the file has no records"), (b"saw\x00", "not text, it has zero bytes"),
     ("apple\nfig\n", "neither JSON nor a table, the first line is 'apple'; give JSON lines, or columns word and activation"),
     ("term,score\nsaw,1\n", r"a table with columns \['term', 'score'\]; give columns word and activation, or text, start, end"),
@@ -79,7 +79,7 @@ def test_a_table_of_texts_has_a_row_for_each_span(tmp_path):
     ("x" * 10**6, "neither JSON nor a table"), ("x," * 10**4, "a table with columns"),
     (json.dumps({f"key{n}": n for n in range(9999)}), "line 1: expected an object"),
     ('{"\x1b[2J": 1}', "not JSON, Invalid control character"), (r'{"\u001b[2J": 1}', r"got \['\\x1b\[2J'\]"),
-])
+], ids=lambda value: ascii(value)[:30])
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error: read(tmp_path, content)
     assert str(error.value).startswith("fruit.jsonl: ") and len(str(error.value)) < 280 and str(error.value).isprintable()
