@@ -35,12 +35,12 @@ reproduce: $(STAMP) ## run the experiment notebooks again and write figures/   (
 	$(BIN)/tokenlabel $(strip reproduce $(OPTIONS))
 
 check: $(STAMP) ## unit tests on tiny models, layers, export and links: no model to download, no browser, two minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" --ignore tests/test_browser.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" --ignore tests/test_browser.py --ignore tests/test_visitors.py tests
 
 test: $(STAMP) browser ## check that code, notebooks and README agree, run the lessons and the tests
 	$(BIN)/tokenlabel fetch
-	$(BIN)/python -m pytest -ra tests/test_browser.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py tests
+	$(BIN)/python -m pytest -ra tests/test_browser.py tests/test_visitors.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py --ignore tests/test_visitors.py tests
 
 fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs of each kind, SEED=another draw)
 	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py

@@ -414,7 +414,7 @@ def test_an_example_too_long_for_the_model_is_named(family):
     lm = make_tiny_lm(family)
     long = Feature.from_words("x", active=["cat"], inactive=["dog", "qz" * 150])
     with pytest.raises(ValueError, match="word 'qzqz.* takes"): direct(lm, tokenize(long, lm), ASK_WORD)
-    text = "a dog " * 150
+    text = "a dog " * (lm.context_length // 2 - 5)
     long = Feature.from_texts("x", ["a cat", text], [[(2, 5, 1.0)], []])
     with pytest.raises(ValueError, match="token 'a' in text 'a dog .* takes"): direct(lm, tokenize(long, lm), ASK_TEXT)
 

@@ -375,7 +375,7 @@ def test_a_disk_that_is_full_costs_one_row(stored, tmp_path):
 
 
 def test_names_may_have_any_character(stored, tmp_path):
-    odd = [replace(one, name=f"{one.name}\u2028\x85{i}") for i, one in enumerate(some_features(2))]
+    odd = [replace(one, name=f"{one.name}\u00a0 動 \\n \"{i}\" {{}}") for i, one in enumerate(some_features(2))]
     source, out = write(tmp_path / "in.jsonl", odd), tmp_path / "out.jsonl"
     assert [label_file(source, out, stored, HOW) for _ in range(2)] == [2, 0]
 

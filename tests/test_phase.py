@@ -1,5 +1,4 @@
 """The phase map: one search for all places, how each place ends, the stored maps and the drawing."""
-import json
 import re
 import xml.etree.ElementTree as ET
 from importlib.resources import files
@@ -10,6 +9,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
+from tokenlabel.files import read_json
 from tokenlabel.feature import Feature
 from tokenlabel.phase import PHASES, load_maps, phase_map_svg, phase_of, save_maps, sweep
 from tokenlabel.search import Search, make_discriminator
@@ -90,7 +90,7 @@ def test_maps_are_read_as_they_were_written(tmp_path):
 
 def test_the_stored_maps_are_of_four_features_and_of_the_default_model():
     figures = Path(str(files("tokenlabel"))).parent / "figures"
-    stored = json.loads((figures / "phase_map.json").read_text())
+    stored = read_json(figures / "phase_map.json", "phase maps")
     maps = load_maps("SmolLM2-135M-Instruct")
     assert stored["lm"] == "SmolLM2-135M-Instruct" and list(maps) == ["animals", "mammals", "Chinese", "numbers"]
     for found in maps.values(): assert len(found) == 25 and found.phase.isin(PHASES).all()

@@ -434,5 +434,5 @@ def test_the_settings_name_the_discriminator():
     asked = make_discriminator(lm, tokens, Settings(discriminator="direct", prompts=question))
     assert asked.prompts == question and asked.needs_scale and asked.kl_weight == 0.02
     with pytest.raises(ValueError, match="0 label slots"): make_discriminator(lm, tokens, Settings(prompts=["Examples:"]))
-    long = tokenize(Feature.from_texts("long", [" ".join(SENTENCES * 4), "a house"], [[(4, 7, 1.0)], []]), lm)
+    long = tokenize(Feature.from_texts("long", ["the cat " + "z" * 240, "a house"], [[(4, 7, 1.0)], []]), lm)
     with pytest.raises(ValueError, match="split it"): make_discriminator(lm, long)
