@@ -20,13 +20,14 @@ from typing import Any, Callable
 import tokenlabel
 from .files import canonical_hash, work_folder
 
-# %% ../nbs/34_cache.ipynb #409b7964
+# %% ../nbs/34_cache.ipynb #652f2e43
 def as_json(value):
     "The JSON value of an object that `json` does not know. Raises TypeError for other objects."
     if hasattr(value, "fingerprint"):
         return {"lm": value.fingerprint, "dtype": str(value.dtype), "device": str(value.device)}
     if is_dataclass(value):
-        return {"type": type(value).__name__} | {field.name: getattr(value, field.name) for field in fields(value)}
+        return {"type": type(value).__name__} | {field.name: getattr(value, field.name) for field in fields(value)
+                                                if field.compare}
     if hasattr(value, "tolist"): return value.tolist()  # of NumPy or PyTorch
     raise TypeError(f"cannot hash {value!r}: a key is made of JSON values, data classes and language models")
 
