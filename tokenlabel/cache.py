@@ -36,13 +36,13 @@ def content_hash(key: dict) -> str:
     "SHA-256 of `key` as canonical JSON, in hexadecimal."
     return canonical_hash(key, default=as_json)
 
-# %% ../nbs/34_cache.ipynb #0987a2c3
+# %% ../nbs/34_cache.ipynb #88b7c23a
 @lru_cache
 def code_version(package: Path = Path(tokenlabel.__file__).parent) -> str:
     "SHA-256 over the modules that compute results, and over the versions of the libraries below them."
     other = {"__init__", "_modidx", "cache", "checkpoint", "cli", "evaluator", "exploration", "files", "many", "negatives",
              "notebooks", "page", "paper", "phase", "plot", "read", "records", "store", "summary", "synthetic", "widgets",
-             "workers", "workshop"}
+             "windows", "workers", "workshop"}
     modules = [path for path in sorted(package.glob("*.py")) if path.stem not in other]
     return content_hash({path.stem: ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in modules}
                         | {name: version(name) for name in ("torch", "transformers")})
