@@ -51,6 +51,7 @@ def test_words_and_texts_are_read_as_always(tmp_path):
     (["<bos>", "▁an", "▁apple", "s"], "an apples"), (["[CLS]", "an", "app", "##le"], "an apple"),
     (["Ġan", "Ġcaf", "Ã", "©", "âĢĻ", "s"], "an café’s"),
     (["caf", "é", "."], "café."), (["日", "本"], "日本"), ([" an", " Ġ"], "an Ġ"),
+    (["▁a", "<0x0A>", "▁b"], "a\n b"), ([" caf", "Ã©", "Ċ", " b"], "café\n b"),
     (["</s>", " a", " b"], "a b"), (["<｜begin▁of▁sentence｜>", " a", " b"], "a b")])
 def test_tokens_are_joined_to_the_text_that_they_spell(tmp_path, tokens, text):
     window = {"tokens": tokens, "values": [9.0] + [0.0] * (len(tokens) - 2) + [1.0]}
@@ -252,9 +253,11 @@ def test_in_files_of_2024_the_prediction_says_whether_the_answer_was_right(tmp_p
     assert feature.source["scores"] == {"detection": 1.0} and spans_of(feature)["the rain"] == {}
 
 
-def test_a_latent_of_newlines_is_refused(tmp_path):
-    window = {"tokens": [" a", "\n", " saw"], "values": [0, 9.0, 4.0]}
-    assert "fires on white space (9), on words at most 4" in refused(write(tmp_path, RECORD | {"activations": [window]}))
+def test_a_window_that_fires_on_newlines_alone_is_no_inactive_text(tmp_path):
+    newlines = {"tokens": [" a", "\n", " saw"], "values": [0, 30.0, 4.0]}
+    assert "fires on white space, which is no word" in refused(write(tmp_path, RECORD | {"activations": [newlines]}))
+    [feature] = features(write(tmp_path, RECORD | {"activations": [newlines, *WINDOWS]}), ["1 of 3 windows are left out"])
+    assert feature.texts == ("an apple a day", "ripe figs.")
 
 
 @pytest.mark.parametrize("change, message", [

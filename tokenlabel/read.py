@@ -7,10 +7,9 @@ __all__ = ['Maker', 'FORMATS', 'Window', 'check_window', 'split_window', 'from_w
            'feature_of', 'neuronpedia', 'batches', 'neuronpedia_export', 'saedashboard', 'balanced_accuracy', 'delphi',
            'Format', 'each', 'read_features', 'read_feature']
 
-# %% ../nbs/25_read.ipynb #5b278486
+# %% ../nbs/25_read.ipynb #2d2fd2b7
 import glob, math, warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +44,12 @@ def split_window(window: Window) -> Iterator[Window]:
     for start, end in zip([0, *(k + 1 for k in cuts)], [*cuts, len(window.tokens)]):
         if "".join(window.tokens[start:end]).strip(): yield Window(window.tokens[start:end], window.values[start:end])
 
-# %% ../nbs/25_read.ipynb #a3dce499
+# %% ../nbs/25_read.ipynb #39ef479c
+def _on_white_space(text: str, ranges: list[tuple[int, int]], values: list[float], threshold: float) -> bool:
+    "Whether tokens without a visible character reach the threshold, and no others do."
+    strong = [text[start:end].strip() for (start, end), value in zip(ranges, values) if value >= threshold]
+    return bool(strong) and not any(strong)
+
 def from_windows(
     name: str,
     windows: Iterable[Window],
@@ -59,15 +63,17 @@ def from_windows(
         if text: documents.setdefault((text, tuple(values)), (text, ranges, values))
     most = max((max(values) for *_, values in documents.values()), default=0)
     if most <= 0: raise ValueError(f"feature {excerpt(name)} has no activation above 0")
-    visible = max((value for text, ranges, values in documents.values() for (start, end), value in zip(ranges, values)
-                   if text[start:end].strip()), default=0)
     with located(f"feature {excerpt(name)}"):
-        if 2 * visible < most: raise ValueError(f"fires on white space ({most:g}), on words at most {visible:g}")
-        check_spaces(document[:2] for document in documents.values())
+        kept = [document for document in documents.values() if not _on_white_space(*document, most / 2)]
+        if not kept: raise ValueError("it fires on white space, which is no word")
+        if left := len(documents) - len(kept): warnings.warn(
+            f"feature {excerpt(name)}: {left} of {len(documents)} windows are left out, the feature fires on white space in them")
+        check_spaces(document[:2] for document in kept)
     spikes = [value for window in windows for token, value in zip(*window) if CONTROL_TOKEN.fullmatch(token.strip())]
     if any(math.isclose(spike, top, rel_tol=0.01) for spike in spikes): top = 0.0
-    feature = Feature.from_tokens(name, *zip(*documents.values()), threshold=max(top, most) / 2)
-    return replace(feature, source=source or {})
+    feature = Feature.from_tokens(name, *zip(*kept), threshold=max(top, most) / 2)
+    feature.source.update(source or {})
+    return feature
 
 # %% ../nbs/25_read.ipynb #8723a3b0
 Maker = Callable[[], Feature]  # raises ValueError if the data of this feature are wrong
