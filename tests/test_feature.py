@@ -1,6 +1,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings, strategies as st
 
+from tokenlabel.cache import content_hash
 from tokenlabel.feature import Feature, Span, active_documents, occurrences, word_types
 from tokenlabel.words import VISIBLE, plain_word, spelling, split_words, trim
 
@@ -418,6 +420,16 @@ def test_features_are_compared_by_content_and_cannot_be_changed():
     assert one == two and hash(one) == hash(two)
     with pytest.raises(AttributeError):
         one.name = "g"
+
+
+def test_a_source_is_shown_on_one_line_and_is_no_content():
+    plain, source = Feature.from_words("f", ["saw"], ["tree"]), {"model": "gpt2", "layer": 6, "index": 0,
+                                                                 "explanations": ["<b>\x1b[2J\nsaws" + "!" * 500, "axes"]}
+    one = replace(plain, source=source)
+    assert one == plain and hash(one) == hash(plain) and plain.source == {} and content_hash({"f": one}) == content_hash({"f": plain})
+    line = str(one).splitlines()[1]
+    assert line.startswith("  from model gpt2, layer 6, index 0; explained as ") and line.endswith(" and 1 more")
+    assert len(line) < 200 and line.isprintable() and "&lt;b&gt;" in one._repr_html_() and "from" not in str(plain)
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -20,13 +20,14 @@ from typing import Any, Callable
 import tokenlabel
 from .files import canonical_hash, work_folder
 
-# %% ../nbs/34_cache.ipynb #409b7964
+# %% ../nbs/34_cache.ipynb #652f2e43
 def as_json(value):
     "The JSON value of an object that `json` does not know. Raises TypeError for other objects."
     if hasattr(value, "fingerprint"):
         return {"lm": value.fingerprint, "dtype": str(value.dtype), "device": str(value.device)}
     if is_dataclass(value):
-        return {"type": type(value).__name__} | {field.name: getattr(value, field.name) for field in fields(value)}
+        return {"type": type(value).__name__} | {field.name: getattr(value, field.name) for field in fields(value)
+                                                if field.compare}
     if hasattr(value, "tolist"): return value.tolist()  # of NumPy or PyTorch
     raise TypeError(f"cannot hash {value!r}: a key is made of JSON values, data classes and language models")
 
@@ -35,13 +36,13 @@ def content_hash(key: dict) -> str:
     "SHA-256 of `key` as canonical JSON, in hexadecimal."
     return canonical_hash(key, default=as_json)
 
-# %% ../nbs/34_cache.ipynb #0987a2c3
+# %% ../nbs/34_cache.ipynb #88b7c23a
 @lru_cache
 def code_version(package: Path = Path(tokenlabel.__file__).parent) -> str:
     "SHA-256 over the modules that compute results, and over the versions of the libraries below them."
     other = {"__init__", "_modidx", "cache", "checkpoint", "cli", "evaluator", "exploration", "files", "many", "negatives",
              "notebooks", "page", "paper", "phase", "plot", "read", "records", "store", "summary", "synthetic", "widgets",
-             "workers", "workshop"}
+             "windows", "workers", "workshop"}
     modules = [path for path in sorted(package.glob("*.py")) if path.stem not in other]
     return content_hash({path.stem: ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in modules}
                         | {name: version(name) for name in ("torch", "transformers")})

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'Span', 'check_activation', 'check_name', 'check_spans', 'Feature', 'occurrences', 'word_types',
-           'active_documents', 'merge_words', 'check_lists', 'word_spans', 'parse_record', 'mark', 'shown']
+           'active_documents', 'merge_words', 'check_lists', 'word_spans', 'parse_record', 'mark', 'shown',
+           'source_line']
 
-# %% ../nbs/02_feature.ipynb #a49ff629
+# %% ../nbs/02_feature.ipynb #58eec3f0
 import json, math, operator, re, textwrap
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -79,7 +80,7 @@ def check_spans(text: str, spans: Iterable[Sequence]) -> tuple[Span, ...]:  # in
         if b.start < a.end: raise ValueError(f"spans [{a.start}, {a.end}) and [{b.start}, {b.end}) overlap")
     return tuple(checked)
 
-# %% ../nbs/02_feature.ipynb #cae2bcb1
+# %% ../nbs/02_feature.ipynb #4cfd055c
 @dataclass(frozen=True, repr=False)
 class Feature:
     """Where a feature is active: on isolated words (one span each, over the whole word), or on spans of texts.
@@ -90,6 +91,7 @@ class Feature:
     mode: str                            # "words" or "texts"
     texts: tuple[str, ...]               # the documents: words or texts
     spans: tuple[tuple[Span, ...], ...]  # of each document, in order
+    source: dict = field(default_factory=dict, compare=False)  # where the data come from; see `source_line`
 
     @property
     def isolated(self) -> bool: return self.mode == "words"
@@ -104,7 +106,7 @@ class Feature:
                 checked.append((check_text(text), check_spans(text, given)))
                 if self.isolated and (text != trim(text) or [s[:2] for s in checked[-1][1]] != [(0, len(text))]):
                     raise ValueError("a word is trimmed and has one span, which covers all of it")
-        for field, values in zip(("texts", "spans"), zip(*checked)): object.__setattr__(self, field, values)
+        for name, values in zip(("texts", "spans"), zip(*checked)): object.__setattr__(self, name, values)
         if self.isolated and len(set(map(spelling, texts))) < len(texts): raise ValueError("a word is given twice")
         active = [active for document in occurrences(self) for _, active in document]
         if not any(active): raise ValueError(f"feature {excerpt(self.name)} has nothing active (activation 0.5 or more)")
@@ -317,15 +319,24 @@ def shown(feature: Feature, inside, outside=str) -> tuple[str, list[str], int]:
     sample = np.linspace(0, n - 1, min(n, most)).round().astype(int)
     return counts, [mark(feature.texts[i], feature.spans[i], inside, outside) for i in sample], max(n - most, 0)
 
-# %% ../nbs/02_feature.ipynb #eccc19c9
+# %% ../nbs/02_feature.ipynb #63181a1d
+def source_line(source: Mapping) -> str:
+    "The source of a feature on one short line."
+    known = [f"{key} {str(source[key])[:60]}" for key in ("model", "layer", "index") if source.get(key) not in (None, "")]
+    given = [excerpt(text, 80) for text in source.get("explanations", ())]
+    more = f" and {len(given) - 1} more" if len(given) > 1 else ""
+    return printable(", ".join(known) + (f"; explained as {given[0]}{more}" if given else "")).removeprefix("; ")
+
+# %% ../nbs/02_feature.ipynb #b9d980be
 @patch
 def __repr__(self: Feature) -> str:
     counts, rows, left = shown(self, lambda part, a: printable(f"[{part}]" if a >= ACTIVE else part), printable)
     if self.isolated: rows = textwrap.wrap("  ".join(rows), 100, break_long_words=False)
     if left: rows.append(f"... and {left} more")
+    if line := source_line(self.source): rows.insert(0, f"from {line}")
     return "\n  ".join([f"{self.name}: {counts}", *rows])
 
-# %% ../nbs/02_feature.ipynb #124f92ba
+# %% ../nbs/02_feature.ipynb #6241454b
 @patch
 def _repr_html_(self: Feature) -> str:
     counts, rows, left = shown(self, lambda part, a: (
@@ -334,4 +345,5 @@ def _repr_html_(self: Feature) -> str:
     if self.isolated: rows = [" &ensp;".join(rows)]
     rows = [f'<div style="white-space: pre-wrap; line-height: 1.7">{row}</div>' for row in rows]
     if left: rows.append(f'<div style="opacity: .7">... and {left} more</div>')
+    if line := source_line(self.source): rows.insert(0, f'<div style="opacity: .7">from {escape(line)}</div>')
     return f'<div style="text-align: left"><div><b>{escape(self.name)}</b> &ensp;{counts}</div>{"".join(rows)}</div>'
