@@ -22,8 +22,8 @@ def pytest_configure(config): config.addinivalue_line("markers", "slow: takes th
 
 
 # Files of tests that start processes, threads or kernels, or search for a long time.
-SLOW = ("test_cli", "test_compare", "test_exhaustive", "test_many", "test_notebooks", "test_store", "test_widgets",
-        "test_workers", "test_workshop")
+SLOW = ("test_checkpoints", "test_cli", "test_compare", "test_exhaustive", "test_fuzz", "test_many", "test_notebooks",
+        "test_store", "test_widgets", "test_workers", "test_workshop")
 
 
 def pytest_collection_modifyitems(items):
