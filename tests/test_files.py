@@ -116,10 +116,12 @@ def test_notes_beside_sealed_files_do_not_matter_to_a_reader(tmp_path):
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"kind": "result"}', '{"kind": "result", "format": 1, "files": 3}', "[" * 100000,
+                                      '{"kind": "result", "format": 1, "files": {"%s": "0"}}' % ("a" * 5000),
+                                      '{"kind": "result", "format": 1, "files": {"a\\u0000": "0"}}',
                                       '{"kind": "result", "format": 2, "files": {}}', '{"kind": ["x"], "format": {}, "files": {}}'])
 def test_a_broken_list_of_files_is_one_clear_error(tmp_path, manifest):
     write_file(tmp_path / "one" / "manifest.json", manifest)
-    with pytest.raises(ValueError, match="damaged|format"): check_seal(tmp_path / "one", "result")
+    with pytest.raises(ValueError, match="damaged|format|lacks"): check_seal(tmp_path / "one", "result")
 
 
 def test_a_json_file_altered_anywhere_is_refused_or_unchanged(tmp_path):

@@ -192,7 +192,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     folder = ONE.save(tmp_path / "result")
     (folder / name).unlink()
     if content is not None: (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} {'is missing' if content is None else 'was altered'}"): LabelResult.load(folder)
+    with pytest.raises(ValueError, match=f"lacks the file '{name}'" if content is None else f"{name} was altered"): LabelResult.load(folder)
 
 
 def test_a_folder_without_a_seal_is_no_result(tmp_path):

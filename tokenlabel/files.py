@@ -107,10 +107,11 @@ def check_seal(folder: Path, kind: str) -> set[str]:  # names of the files
     if not isinstance(manifest, dict) or not isinstance(listed := manifest.get("files"), dict):
         raise ValueError(f"{file} is damaged")
     if (found := (manifest.get("kind"), manifest.get("format"))) != (kind, FORMAT):
-        raise ValueError(f"{folder} holds {found[0]!r} of format {found[1]!r}, not {kind!r} of format {FORMAT}")
+        raise ValueError(f"{folder} holds {found[0]!r:.80} of format {found[1]!r:.80}, not {kind!r} of format {FORMAT}")
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, expected in listed.items():
-        if not (path := folder / Path(name).name).is_file(): raise ValueError(f"{path} is missing")
-        if file_hash(path) != expected: raise ValueError(f"{path} was altered")
+        if name not in present: raise ValueError(f"{folder} lacks the file {name[:80]!r}")
+        if file_hash(folder / name) != expected: raise ValueError(f"{folder / name} was altered")
     return {"manifest.json", *listed}
 
 # %% ../nbs/32_files.ipynb #340b5c5c
@@ -156,5 +157,5 @@ def read_json(path: Path, kind: str) -> Any:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError): sound = False
     if not sound: raise ValueError(f"{path} is damaged, or no saved {kind}")
     if (found := (stored["kind"], stored["format"])) != (kind, FORMAT):
-        raise ValueError(f"{path} holds {found[0]!r} of format {found[1]!r}, not {kind!r} of format {FORMAT}")
+        raise ValueError(f"{path} holds {found[0]!r:.80} of format {found[1]!r:.80}, not {kind!r} of format {FORMAT}")
     return stored["value"]
