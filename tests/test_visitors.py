@@ -19,7 +19,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
 from tokenlabel import page, store
-from tokenlabel.files import write_file
+from tokenlabel.files import seal
 
 PROTOCOL = page.PROTOCOL
 pytestmark = pytest.mark.slow
@@ -114,7 +114,7 @@ def cache(tiny_folder, tmp_path_factory):
     "A cache whose default model is a tiny one."
     cache = tmp_path_factory.mktemp("cache")
     folder = shutil.copytree(tiny_folder, cache / store.DEFAULT["folder"])
-    write_file(folder / "manifest.json", json.dumps(store.inventory(folder)))
+    seal(folder, "model")
     return cache
 
 

@@ -96,8 +96,8 @@ def seal(folder: Path, kind: str) -> None:  # kind: what the folder holds, such 
     manifest = dict(kind=kind, format=FORMAT, files={path.name: file_hash(path) for path in sorted(folder.iterdir())})
     write_file(folder / "manifest.json", json.dumps(manifest, indent=1))
 
-def check_seal(folder: Path, kind: str) -> set[str]:  # names of the files
-    """Check that all files are as they were sealed. Other files may lie beside them.
+def check_seal(folder: Path, kind: str) -> set[str]:  # names of other files, which may lie beside them
+    """Check that all files are as they were sealed.
 
     Raises ValueError, which names the file, and FileNotFoundError if there is no folder."""
     if not (folder := Path(folder)).is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
@@ -112,7 +112,7 @@ def check_seal(folder: Path, kind: str) -> set[str]:  # names of the files
     for name, expected in listed.items():
         if name not in present: raise ValueError(f"{folder} lacks the file {name[:80]!r}")
         if file_hash(folder / name) != expected: raise ValueError(f"{folder / name} was altered")
-    return {"manifest.json", *listed}
+    return {path.name for path in folder.iterdir()} - listed.keys() - {"manifest.json"}
 
 # %% ../nbs/32_files.ipynb #340b5c5c
 @contextmanager
@@ -134,7 +134,7 @@ def check_saved(folder: Path, kind: str) -> None:
     check_replaceable(folder)
     if not folder.exists() or not any(folder.iterdir()): return
     try:
-        if others := {path.name for path in folder.iterdir()} - check_seal(folder, kind):
+        if others := check_seal(folder, kind):
             raise ValueError(f"{folder} holds more than a saved {kind}: {', '.join(sorted(others))}")
     except ValueError as error: raise ValueError(f"{error}; give a new or empty folder") from None
 
