@@ -21,7 +21,7 @@ from tokenlabel.cache import cache_entry
 from tokenlabel.feature import Feature
 from tokenlabel.label import label_feature
 from tokenlabel.many import (Job, choose_layout, label_all, label_features, label_file, label_jobs, load_again,
-                             read_features, read_results, write_row)
+                             read_results, read_rows, write_row)
 from tokenlabel.prompts import Question
 from tokenlabel.settings import Settings
 from tokenlabel.workers import available_cpus
@@ -250,18 +250,18 @@ def test_files_of_features(tmp_path):
     table = pa.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
     pq.write_table(table, tmp_path / "a.parquet")
     named = [(one.name, one) for one in features]
-    assert list(read_features(lines)) == named == list(read_features(tmp_path / "a.parquet"))
+    assert list(read_rows(lines)) == named == list(read_rows(tmp_path / "a.parquet"))
     text = dict(name="x", texts=["a cat", "b"], spans=[[[2, 5, 1.0]], []])
     (tmp_path / "b.jsonl").write_text(json.dumps(text) + '\n{"name": "y"}\n')
-    (_, feature), (name, error) = read_features(tmp_path / "b.jsonl")
+    (_, feature), (name, error) = read_rows(tmp_path / "b.jsonl")
     assert feature.mode == "texts" and name == "y" and "b.jsonl, feature 2" in str(error)
     (tmp_path / "c.jsonl").write_text(json.dumps(text) + "\n\n", encoding="utf-8-sig")
-    assert len(list(read_features(tmp_path / "c.jsonl"))) == 1
+    assert len(list(read_rows(tmp_path / "c.jsonl"))) == 1
     for wrong in ('[1]', '{"name"', '{"words": ["a"]}', '{"name": ["x"]}', '{"name": "\\ud800"}'):
         (tmp_path / "d.jsonl").write_text(wrong)
-        with pytest.raises(ValueError, match="d.jsonl, feature 1"): list(read_features(tmp_path / "d.jsonl"))
+        with pytest.raises(ValueError, match="d.jsonl, feature 1"): list(read_rows(tmp_path / "d.jsonl"))
     (tmp_path / "e.jsonl").write_bytes(json.dumps(text).encode() + '\n{"name": "café"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="e.jsonl, feature 2"): list(read_features(tmp_path / "e.jsonl"))
+    with pytest.raises(ValueError, match="e.jsonl, feature 2"): list(read_rows(tmp_path / "e.jsonl"))
 
 
 @pytest.mark.parametrize("row, message", [
@@ -270,21 +270,21 @@ def test_files_of_features(tmp_path):
 def test_a_row_without_lists_is_an_error_of_its_own(tmp_path, row, message):
     source = tmp_path / "in.JSONL"
     source.write_text(json.dumps(dict(name="x") | row) + "\n")
-    [(_, error)] = read_features(source)
+    [(_, error)] = read_rows(source)
     assert message in str(error)
 
 
 def test_a_row_of_texts_may_have_empty_words(tmp_path):
     rows = [dict(name="t", words=[], activations=[], texts=["a saw is here", "no"], spans=[[[2, 5, 1.0]], []])]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-    [(_, feature)] = read_features(tmp_path / "in.parquet")
+    [(_, feature)] = read_rows(tmp_path / "in.parquet")
     assert feature.mode == "texts"
 
 
 @pytest.mark.parametrize("spans", [[[[4, 7, 0.9]], []], [[dict(start=4, end=7, activation=0.9)], []]])
 def test_spans_with_fractional_activations_are_read_from_parquet(tmp_path, spans):
     pq.write_table(pa.Table.from_pylist([dict(name="t", texts=["the cat", "a dog"], spans=spans)]), tmp_path / "a.parquet")
-    [(_, feature)] = read_features(tmp_path / "a.parquet")
+    [(_, feature)] = read_rows(tmp_path / "a.parquet")
     assert feature == Feature.from_texts("t", ["the cat", "a dog"], [[(4, 7, 0.9)], []])
 
 
@@ -294,8 +294,16 @@ def test_a_row_with_spans_that_are_none_is_named(tmp_path, spans):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     for path in tmp_path.iterdir():
-        [(name, error)] = read_features(path)
+        [(name, error)] = read_rows(path)
         assert name == "t" and isinstance(error, ValueError) and f"{path.name}, feature 1: text 1" in str(error)
+
+
+@pytest.mark.parametrize("line, why", [('{"name": "x", "name": "y"}', "twice"), ("[" * 100_000, "nested"), ('{"name": "x"} 7', "more follows"),
+                                       (r'{"name": "\u001b[31m"}', "control character")])
+def test_a_line_that_is_no_row_is_one_clear_error(tmp_path, line, why):
+    (tmp_path / "in.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=f"in.jsonl, feature 1: .*{why}") as error: list(read_rows(tmp_path / "in.jsonl"))
+    assert len(str(error.value)) < 200
 
 
 # from file to file

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ActiveSearch', 'Job', 'label_jobs', 'load_again', 'label_there', 'choose_layout', 'run_jobs', 'label_features',
-           'Display', 'label_all', 'read_features', 'result_row', 'write_row', 'read_row', 'read_results', 'label_file']
+           'Display', 'label_all', 'read_rows', 'result_row', 'write_row', 'read_row', 'read_results', 'label_file']
 
 # %% ../nbs/41_many.ipynb #04427ceb
 import json, sys, time
@@ -23,13 +23,15 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .cache import cache_entry, read_entry, write_entry
-from .feature import Feature, check_text, excerpt, located, merge_words
+from .feature import Feature, check_name, merge_words
 from .files import canonical_hash, check_writable
 from .label import begin, conclude, label_feature, run
 from .lm import LM, load_lm
+from .records import parse_json
 from .result import LabelResult
 from .search import has_collapsed, step
 from .settings import Settings, make_settings
+from .words import excerpt, located
 from .workers import available_cpus, available_memory, run_calls, start_actor, start_ray, start_worker
 
 # %% ../nbs/41_many.ipynb #50606565
@@ -262,6 +264,12 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
                     spans[i] = [int(x) if isinstance(x, float) and x.is_integer() else x for x in span or ()]
             yield row
 
+def _json_row(line: bytes):
+    text = line.decode("utf-8-sig").strip()
+    row, end = parse_json(text)
+    if text[end:]: raise ValueError(f"not JSON, more follows the object at column {end + 1}")
+    return row
+
 def _feature(row: dict) -> Feature:
     first, second = ("words", "activations") if row.get("words") else ("texts", "spans")
     for name in first, second:
@@ -272,15 +280,15 @@ def _feature(row: dict) -> Feature:
     return Feature.from_words(row["name"], merge_words(words))
 
 # %% ../nbs/41_many.ipynb #514a35e9
-def read_features(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; feature or its error
+def read_rows(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; feature or its error
     "Features from JSON lines or Parquet. Raises ValueError for a row that is no object or has no name."
     parquet = path.suffix.lower() == ".parquet"
     rows = _parquet_rows(path) if parquet else filter(bytes.strip, path.open("rb"))
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
-            if not parquet: row = json.loads(row)
+            if not parquet: row = _json_row(row)
             if not isinstance(row, dict): raise ValueError(f"expected an object with a name, got {excerpt(row)}")
-            name = check_text(row.get("name"))
+            name = check_name(row.get("name"))
         try: feature = _feature(row)
         except (KeyError, TypeError, ValueError) as error:
             feature = ValueError(f"{path.name}, feature {number}: {error if type(error) is ValueError else repr(error)}")
@@ -324,7 +332,7 @@ def read_results(out: str | Path) -> tuple[dict, list[dict], int]:  # first line
 
 # %% ../nbs/41_many.ipynb #ce727b6b
 def label_file(
-    source: str | Path,  # features, as `read_features` reads them; each name once
+    source: str | Path,  # features, as `read_rows` reads them; each name once
     out: str | Path,  # results as JSON lines, see `result_row`
     lm: LM,
     settings: Settings | None = None,
@@ -359,7 +367,7 @@ def label_file(
 def _missing(source: Path, done: set[str], settings: Settings, pending: dict[int, Job]) -> Iterator[tuple[int, Job]]:
     "Jobs for the features that are not done, which are noted in `pending` as they are taken."
     seen = set()
-    for number, (name, feature) in enumerate(read_features(source)):
+    for number, (name, feature) in enumerate(read_rows(source)):
         if name in seen: raise ValueError(f"{source.name} has the name {name!r} twice")
         seen.add(name)
         if name not in done: yield number, pending.setdefault(number, Job(name, feature, settings))
