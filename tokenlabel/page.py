@@ -8,7 +8,7 @@ __all__ = ['THREADS', 'PRIVATE', 'KERNEL', 'VISITOR', 'RESERVE', 'RELOAD', 'FILE
            'Visitors', 'Visit', 'is_frame', 'Socket', 'Page', 'configure', 'serve']
 
 # %% ../nbs/49_page.ipynb #e9ceabbd
-import ctypes, gc, multiprocessing, os, re, resource, secrets, socket, time
+import asyncio, ctypes, gc, multiprocessing, os, re, resource, secrets, socket, time
 from html import escape
 from importlib.metadata import EntryPoint
 from multiprocessing import forkserver
@@ -148,16 +148,22 @@ class Queue:
 # %% ../nbs/49_page.ipynb #5ac83610
 class Visitors(AsyncMappingKernelManager):
     "Kernels, as many as there are places."
-    places, entering = 1, 0  # entering: visitors whose kernel does not run yet
+    places = 1
 
     def __init__(self, **settings):
         super().__init__(**settings)
         self.queue, self.patience = Queue(), self.cull_idle_timeout
+        self.entering = {}  # task of a request -> id of its kernel, or the task itself before there is an id
 
     def place(self, visitor: str) -> int:
         "The visitor's place in the queue, or 0."
-        free = self.places - len(self) - self.entering
+        free = self.places - len({*self.list_kernel_ids(), *self.entering.values()})
         return self.queue.place(visitor, min(free, 1) if available_memory() < RESERVE and len(self) else free)
+
+    async def start_kernel(self, **settings) -> str:
+        "Start a kernel whose id is known before: a visitor who enters is not counted twice."
+        self.entering[asyncio.current_task()] = kernel_id = self.new_kernel_id()
+        return await super().start_kernel(kernel_id=kernel_id, **settings)
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         self.cull_connected = bool(self.queue.seen)
@@ -197,10 +203,10 @@ class Visit(TornadoVoilaHandler):
 @patch
 async def enter(self: Visit) -> None:
     "Send the page. Its kernel runs when the first part of the page is there."
-    parts = self.get_generator()
-    self.kernel_manager.entering += 1
+    parts, entering, task = self.get_generator(), self.kernel_manager.entering, asyncio.current_task()
+    entering[task] = task
     try: part = await anext(parts, None)
-    finally: self.kernel_manager.entering -= 1
+    finally: del entering[task]
     while part is not None:
         self.write(part)
         self.flush()
