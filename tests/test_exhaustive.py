@@ -120,7 +120,7 @@ def test_stages_cover_the_training_examples_and_bounds_rise_from_stage_to_stage(
     one = discriminator_of(FEATURES[name])
     train, stages = ~one.tokens.heldout, one.stages()
     assert len(stages) > 2 and stages[-1].known[train].all() and not stages[-1].bound[train].any()
-    on, off = class_weights(one.tokens.activation, present=train)
+    on, off = class_weights(one.tokens.activation, weight=train)
     ids, z, last = label_ids(40, one), torch.zeros(40, len(train)), torch.zeros(40)
     for stage in stages:
         z[:, stage.batch.example] = one.token_logits(ids[:, None], stage.batch)

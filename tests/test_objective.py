@@ -120,7 +120,7 @@ def test_one_class_alone_is_refused(value):
     with pytest.raises(ValueError, match="both classes"): balanced_bce(torch.zeros(5), a)
     with pytest.raises(ValueError, match="both classes"): class_weights(a)
     with pytest.raises(ValueError, match="both classes"):
-        class_weights(torch.tensor([value, value, 1 - value]), present=torch.tensor([True, True, False]))
+        class_weights(torch.tensor([value, value, 1 - value]), weight=torch.tensor([True, True, False]))
 
 
 # --- the bias ---------------------------------------------------------------------------------------------------------

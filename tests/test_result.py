@@ -16,7 +16,7 @@ from tokenlabel.files import check_saved, seal
 from tokenlabel.result import LabelResult
 from tokenlabel.settings import Settings
 
-TABLES = ("ranking", "heldout", "trace")
+TABLES = ("ranking", "heldout", "trace", "words", "scores")
 
 
 def make_result(name="animals", label_tokens: int = 1, seed: int = 0, **changes) -> LabelResult:

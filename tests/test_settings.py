@@ -18,7 +18,7 @@ WRONG = dict(
     init_std=[-0.1, NAN, None], accuracy_weight=[-0.1, NAN, INF, 1e300], entropy_weight=[-0.1, NAN, INF, 1e300, None],
     kl_weight=[-0.1, NAN, INF, 1e300, "much"], stop_weight=[-0.1, NAN, INF, 1e300], positive_weight=[-0.1, 0.0, 1.0, 1.5, NAN],
     calibrated=[1, 0, None, "yes"], batch_size=[1, 0, -3, 4.5, True], candidates=[0, 2.5], proposals=[-1, 1.5, None],
-    heldout=[1.0, -0.1, 1.5, NAN, None, "0.3"], seed=[-1, 2**64, "0", 0.0],
+    view=["words", 1, ""], heldout=[1.0, -0.1, 1.5, NAN, None, "0.3"], seed=[-1, 2**64, "0", 0.0],
     prompts=[[], "Examples of {label}:", ["Examples:"], ["Examples of {label}:", 3], Question("Is {word} {label}?")])
 
 

@@ -73,7 +73,7 @@ def accuracy(self: Problem, label: Tensor) -> Tensor:  # [R, d] to [R], differen
     z = one.read(label[:, None], batch, self.prompt_index)[0]
     self.prompt_index += 1
     on, off = class_weights(one.tokens.activation[batch.example].to(z.device), self.settings.positive_weight,
-                            one.needs_scale, present=~one.tokens.heldout[batch.example].to(z.device))
+                            one.needs_scale, one.tokens.train_weight[batch.example].to(z.device))
     scale, bias = calibrate(z, on, off, one.needs_scale)
     return cross_entropy(scale[:, None] * z + bias[:, None], on, off)
 

@@ -88,7 +88,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor]:  # accuracy loss and stop penalty, [C] each, exact or lower bounds; bool [C], exact
     "The loss of each label, computed until the label is complete or pruned."
     tokens = discriminator.tokens
-    on, off = class_weights(tokens.activation, settings.positive_weight, present=~tokens.heldout)
+    on, off = class_weights(tokens.activation, settings.positive_weight, weight=tokens.train_weight)
     z = torch.zeros(len(ids), len(tokens.activation))
     accuracy, stop, kl = torch.zeros(len(ids)), torch.zeros(len(ids)), -discriminator.label_prior[ids].cpu()
     exact = torch.zeros(len(ids), dtype=torch.bool)

@@ -20,11 +20,11 @@ def class_weights(
     activation: Tensor,  # [E], in [0, 1]
     positive_weight: float | None = 0.5,  # share of the active class; None: all examples count alike
     smooth: bool = False,  # use Platt's targets (see "A scale for small margins")
-    present: Tensor | None = None,  # bool [E]; the other examples get the weights 0; default: all
+    weight: Tensor | None = None,  # [E], how much each example counts, 0 for not at all; default: all alike
 ) -> tuple[Tensor, Tensor]:  # [E] each: on and off, weights as an active and as an inactive example; the sum is 1
     "Weights of the examples. Raises ValueError if a class is empty, unless `positive_weight` is None."
-    present = torch.ones_like(activation) if present is None else present.to(activation.dtype)
-    on, off = activation * present, (1 - activation) * present
+    weight = torch.ones_like(activation) if weight is None else weight.to(activation.dtype)
+    on, off = activation * weight, (1 - activation) * weight
     n1, n0 = on.sum(), off.sum()
     if positive_weight is None: on, off = on / (n1 + n0), off / (n1 + n0)
     elif n1 == 0 or n0 == 0: raise ValueError("the loss needs both classes, but all examples belong to one class")

@@ -105,7 +105,7 @@ def claim_settings(
 ) -> Settings:
     "How a claim is tested; raises ValueError for an unknown preset or setting, or if no words are held out."
     if preset not in ("default", "paper"): raise ValueError(f"there is no preset {preset!r}; there is default, paper")
-    settings = make_settings(proposals=0)
+    settings = make_settings(proposals=0, view="context" if claim.form == "running text" else None)
     if preset == "paper":
         share = 1 - changes.get("heldout", settings.heldout)
         settings = claim.run.settings(ceil(share * len(tokenize(claim.make(0, claim.size[quick]), lm).activation)))

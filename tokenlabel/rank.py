@@ -67,7 +67,7 @@ def train_logits(
 ) -> tuple[Tensor, Tensor]:  # accuracy loss on the training examples [C]; calibrated logits [C, E]
     "Fit scale and bias on the training examples, and apply them to all examples."
     tokens, scaled = discriminator.tokens, discriminator.needs_scale
-    weights = class_weights(tokens.activation[example], settings.positive_weight, scaled, ~tokens.heldout[example])
+    weights = class_weights(tokens.activation[example], settings.positive_weight, scaled, tokens.train_weight[example])
     on, off = (weight.to(z.device) for weight in weights)
     scale, bias = calibrate(z, on, off, scaled)
     z = scale[:, None] * z + bias[:, None]

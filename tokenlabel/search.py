@@ -247,10 +247,10 @@ def step_data(self: Search, example: Tensor) -> StepData:  # on the model's devi
     "Temperature, weights and the weights of the examples, for a batch with these examples (long [E])."
     tokens, R, settings, device = self.discriminator.tokens, len(self.v), self.settings, self.v.device
     temperature, share = schedule(self.done, settings)
-    activation, train = tokens.activation[example], ~tokens.heldout[example]
+    activation, weight = tokens.activation[example], tokens.train_weight[example]
     smooth = self.discriminator.needs_scale and settings.calibrated
-    on, off = class_weights(activation, settings.positive_weight, smooth, train)
-    kind = torch.where(train, (activation >= ACTIVE).long(), -1)
+    on, off = class_weights(activation, settings.positive_weight, smooth, weight)
+    kind = torch.where(weight > 0, (activation >= ACTIVE).long(), -1)
     weights = self.weights._replace(entropy=share * self.weights.entropy)
     return StepData(self.v.new_full((R,), temperature), weights, *(x.to(device).expand(R, -1) for x in (on, off, kind)))
 

@@ -40,6 +40,7 @@ RULES = {  # field: type, condition, the condition in words, special values
     "batch_size": (int, lambda x: x >= 2, "a whole number from 2 on (a step needs both classes), or None", None),
     "candidates": (int, lambda x: x >= 1, "a whole number from 1 on"),
     "proposals": (int, lambda x: x >= 0, "a whole number from 0 on"),
+    "view": (str, lambda x: x in ("types", "texts", "context"), '"types", "texts", "context" or None', None),
     "heldout": (float, lambda x: 0 <= x < 1, "a number from 0 to 1, without 1"),
     "seed": (int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1"),
 }
@@ -88,7 +89,8 @@ class Settings:
     batch_size: int | None = None  # words, texts or questions per step. Default: the discriminator's own
     candidates: int = 6  # labels of the shortlist that are ranked on all data
     proposals: int = 16  # labels that the LM proposes from a list of active words; 0: none
-    heldout: float = 0.3  # share of the word types that are held out for scores; 0: none
+    view: str | None = None  # how running text is read, see `choose_view`. Default: what the data allow
+    heldout: float = 0.3  # share of the word types or texts that are held out for scores; 0: none
     seed: int = 0  # the same seed gives the same result
 
     def __post_init__(self):

@@ -32,6 +32,12 @@ class TokenizedFeature:
     heldout: Tensor                         # bool [E], whether its word type is held out
     types: tuple[str, ...]                  # E, word type; "" for white space
     strings: tuple[str, ...]                # E, for display
+    weight: Tensor                          # float [E], how much it counts in the losses
+
+    @property
+    def train_weight(self) -> Tensor:  # float [E]
+        "The weight of each example in the losses: 0 if it is held out."
+        return self.weight * ~self.heldout
 
     @property
     def example_document(self) -> Tensor:  # long [E]
@@ -197,4 +203,5 @@ def tokenize(
     return TokenizedFeature(
         feature, tuple(documents), torch.tensor([i for i, ids in enumerate(documents) for _ in ids]),
         torch.tensor([k for ids in documents for k in range(len(ids))]), torch.tensor(token_example),
-        torch.tensor(activation, dtype=torch.float32), torch.tensor([kind in heldout for kind in types]), types, strings)
+        torch.tensor(activation, dtype=torch.float32), torch.tensor([kind in heldout for kind in types]), types, strings,
+        torch.ones(len(examples)))
