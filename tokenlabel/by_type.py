@@ -62,7 +62,9 @@ def split_texts(
 
 # %% ../nbs/16_by_type.ipynb #d41b1ade
 def choose_view(feature: Feature, settings: Settings) -> str:  # "words" for isolated words; "types", "texts" or "context"
-    "The view of a feature: that of the settings, or the one that the data allow. Raises ValueError if these do not agree."
+    """The view of a feature: that of the settings, or by type if at least two texts are active and two are silent.
+
+    Raises ValueError for a view that does not fit the feature or the discriminator."""
     if feature.isolated:
         if settings.view: raise ValueError(f"view={settings.view!r} is for running text, and {excerpt(feature.name)} has words")
         return "words"
@@ -71,10 +73,8 @@ def choose_view(feature: Feature, settings: Settings) -> str:  # "words" for iso
             raise ValueError(f"view={settings.view!r} needs the discriminator channel, not {settings.discriminator}")
         return "context"
     if settings.view: return settings.view
-    words = word_table(feature)
-    activation = words.groupby("text").activation.max()
-    if min((activation > 0).sum(), (activation <= 0).sum()) < 2: return "context"
-    return "types" if explained(words) >= 0.1 else "texts"
+    active = sum(map(bool, feature.spans))
+    return "types" if 2 <= active <= len(feature.texts) - 2 else "context"
 
 # %% ../nbs/16_by_type.ipynb #55d5cf00
 @dataclass(frozen=True, eq=False)

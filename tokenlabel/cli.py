@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse, ast, os, re, signal, socket, sys, warnings
 from contextlib import closing
 from importlib.util import find_spec
+from itertools import chain, islice
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,43 @@ def _label(options) -> int:
     from tokenlabel.settings import FIELDS, make_settings
     settings = make_settings(**{name: value for name, value in vars(options).items() if name in FIELDS})
     from tokenlabel.files import check_saved
-    from tokenlabel.read import file_stem, read_feature
-    feature = read_feature(options.feature)
+    from tokenlabel.read import file_stem, read_features
+    out, tokenizer = options.out or Path("runs") / file_stem(options.feature), None
+    if options.tokenizer:
+        from tokenlabel.checkpoint import from_pretrained
+        from transformers import AutoTokenizer
+        tokenizer = from_pretrained(AutoTokenizer, options.tokenizer)
+    features = read_features(options.feature, tokenizer)
+    first = list(islice(features, 2))
+    if len(first) > 1: return _label_many(chain(first, features), out, options.lm, settings)
+    feature = first[0]
     from tokenlabel.label import label_feature
     from tokenlabel.lm import load_lm
-    out = options.out or Path("runs") / file_stem(options.feature)
     check_saved(out, "result")  # before the search, not after
     result = label_feature(feature, load_lm(options.lm, dtype="fastest"), settings)
     print(result)
     result.save(out, figure=True)
     print(f"\nsaved in {out}")
     return 130 if result.interrupted else 0
+
+# %% ../nbs/47_cli.ipynb #ac320134
+def _label_many(features, out: Path, lm: str | None, settings) -> int:
+    "Label the features that have no result in `out` yet, and write tables, a page and files for other programs."
+    from tokenlabel.latent_page import write_page
+    from tokenlabel.lm import load_lm
+    from tokenlabel.many import label_folder, read_folder
+    from tokenlabel.write import write_delphi, write_neuronpedia, write_table
+    lm = load_lm(lm, dtype="fastest")
+    errors = label_folder(features, out, lm, settings, engine="processes" if lm.device.type == "cpu" else "here")
+    results = list(read_folder(out))
+    for name in ("labels.csv", "labels.jsonl"): write_table(results, out / name)
+    known = [result for result in results if result.feature.source.get("index") is not None]
+    if known:
+        write_delphi(known, out)
+        write_neuronpedia(known, out / "neuronpedia.jsonl")
+    print(f"\n{len(results)} labels in {out / 'labels.csv'}, with one card each in {write_page(results, out / 'page.html')}")
+    for name, error in errors.items(): print(f"tokenlabel: warning: {name} has no label: {error}", file=sys.stderr)
+    return 0
 
 # %% ../nbs/47_cli.ipynb #b2a1551d
 def _parameters(options) -> dict[str, Any]:
@@ -123,12 +150,15 @@ def _parser(settings: bool) -> argparse.ArgumentParser:  # settings: with the op
         made.set_defaults(command=function)
         return made.add_argument
 
-    option = command(_label, "label", "find the label of the feature in a file")
+    option = command(_label, "label", "find the labels of the features in a file or folder")
     option("feature", type=Path, metavar="FEATURE", help='JSON lines such as {"word": "saw", "activation": 1.0} or {"text": '
-           '"A saw is sharp.", "spans": [[2, 5, 1.0]]}, a table with these columns, or a feature of Neuronpedia')
+           '"A saw is sharp.", "spans": [[2, 5, 1.0]]}, a table with these columns, or a file or folder with features of '
+           'Neuronpedia, delphi, SAEDashboard, OpenAI or circuit-tracer')
     option("--lm", metavar="NAME_OR_PATH", help="language model: a hub name, a folder or a .gguf file "
            "(default: the one that comes with the package)")
-    option("--out", type=Path, metavar="FOLDER", help="where to save the result (default: runs/FEATURE)")
+    option("--out", type=Path, metavar="FOLDER", help="where to save the result (default: runs/FEATURE); of several features, a "
+           "folder for each, tables and a page. The same call continues what was stopped")
+    option("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of the model that has the latents, for a cache of delphi")
     if settings:
         from tokenlabel.settings import FIELDS, Settings
         for name, text in FIELDS.items():

@@ -31,7 +31,7 @@ def word_gains(
     lm: LM,
     labels: Sequence[str],
     words: Sequence[str],
-    prompts: Sequence[str] = PROMPTS["words"],
+    prompts: Sequence[str] = PROMPTS["types"],
 ) -> np.ndarray:  # [labels, words], in nats
     "How much more likely each label makes the first token of each word, mean over the prompts."
     firsts = list(dict.fromkeys(lm.encode(" " + word)[:1][0] for word in words))

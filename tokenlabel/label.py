@@ -25,6 +25,7 @@ from .feature import ACTIVE, Feature
 from .forward import Discriminator
 from .lm import LM
 from .objective import RowWeights, balanced_bce, class_weights, cross_entropy, fit_bias, objective
+from .prompts import PROMPTS
 from .rank import rank_labels
 from .result import NO_SCORES, NO_TABLE, LabelResult
 from .score import auroc, chance, heldout_table
@@ -79,7 +80,8 @@ def begin(
 def type_settings(settings: Settings, tokens: TextTokens) -> Settings:
     "The settings of a search by type: each step reads all types, because they cost nothing."
     kl = 0.01 if settings.kl_weight is None else settings.kl_weight
-    return replace(settings, batch_size=max(2, len(tokens.documents)), kl_weight=kl, candidates=max(settings.candidates, 16))
+    return replace(settings, prompts=settings.prompts or PROMPTS["types"], batch_size=max(2, len(tokens.documents)), kl_weight=kl,
+                   candidates=max(settings.candidates, 16))
 
 # %% ../nbs/18_label.ipynb #c24c6632
 def run(

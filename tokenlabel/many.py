@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ActiveSearch', 'Job', 'label_jobs', 'load_again', 'label_there', 'choose_layout', 'run_jobs', 'label_features',
-           'Display', 'label_all', 'read_rows', 'result_row', 'write_row', 'read_row', 'read_results', 'label_file']
+           'Display', 'label_all', 'read_rows', 'result_row', 'write_row', 'read_row', 'read_results', 'label_file',
+           'result_name', 'label_folder', 'read_folder']
 
 # %% ../nbs/41_many.ipynb #04427ceb
-import json, sys, time
+import json, re, sys, time
 from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -24,13 +25,14 @@ from tqdm.auto import tqdm
 
 from .cache import cache_entry, read_entry, write_entry
 from .feature import Feature, check_name, merge_words
-from .files import canonical_hash, check_writable
+from .files import canonical_hash, check_writable, read_json, write_json
 from .label import begin, conclude, label_feature, run
 from .lm import LM, load_lm
 from .records import parse_json
 from .result import LabelResult
 from .search import has_collapsed, step
 from .settings import Settings, make_settings
+from .windows import natural
 from .words import excerpt, located
 from .workers import available_cpus, available_memory, run_calls, start_actor, start_ray, start_worker
 
@@ -371,3 +373,56 @@ def _missing(source: Path, done: set[str], settings: Settings, pending: dict[int
         if name in seen: raise ValueError(f"{source.name} has the name {name!r} twice")
         seen.add(name)
         if name not in done: yield number, pending.setdefault(number, Job(name, feature, settings))
+
+# %% ../nbs/41_many.ipynb #cdd2c9ba
+def result_name(name: str) -> str:
+    "A folder name for a feature: its own name if that is plain, otherwise a readable part of the name and a hash."
+    plain = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
+    return plain if plain == name else f"{plain or 'feature'}-{canonical_hash(name)[:8]}"
+
+
+def label_folder(
+    features: Iterable[Feature],  # each name once; may be a stream
+    out: str | Path,  # a folder; each result is saved in a folder in it
+    lm: LM,
+    settings: Settings | None = None,
+    *,
+    progress: bool = True,  # print a line for each result
+    **options,  # others as for `label_features`: engine, workers, threads, together, and fields of `Settings`
+) -> dict[str, ValueError]:  # the errors of features that have no result
+    """Label the features that have no result in `out` yet. A call that was stopped is continued by the next one.
+
+    Raises ValueError if `out` has results of another model or other settings or other content, and for a name that is
+    there twice, and filelock.Timeout if another process is writing to `out`."""
+    how = {name: options.pop(name) for name in ("engine", "workers", "threads", "together") if name in options}
+    out, settings, errors, seen, pending = Path(out).resolve(), make_settings(settings, **options), {}, set(), {}
+    made, head = dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings.plain()), out / "settings.json"
+    if out.is_dir() and any(out.iterdir()) and not head.exists():
+        raise ValueError(f"{out} holds something other than results; give a new or empty folder")
+    check_writable(out)
+    with FileLock(f"{out}.lock", timeout=0):
+        if not head.exists(): write_json(head, "folder of results", made)
+        if read_json(head, "folder of results") != made:
+            raise ValueError(f"{out} has results of another model or of other settings; give a new folder")
+
+        def missing() -> Iterator[tuple[int, Job]]:
+            for number, feature in enumerate(features):
+                if feature.name in seen: raise ValueError(f"the name {feature.name!r} is there twice")
+                seen.add(feature.name)
+                if not (out / result_name(feature.name) / "result.json").exists():
+                    yield number, pending.setdefault(number, Job(feature.name, feature, settings))
+
+        display = Display(shown=progress)
+        with display.bar, closing(run_jobs(missing(), lm, **how)) as news:
+            for number, value in news:
+                display.show(number, pending[number], value)
+                if isinstance(value, str): continue
+                name = pending.pop(number).name
+                if isinstance(value, Exception): errors[name] = value
+                else: value.save(out / result_name(name))
+    return errors
+
+
+def read_folder(out: str | Path) -> Iterator[LabelResult]:  # by name of the folder
+    "The results that `label_folder` wrote."
+    for file in sorted(Path(out).glob("*/result.json"), key=natural): yield LabelResult.load(file.parent)

@@ -18,6 +18,7 @@ PROMPTS = {
               "The following words are {label}:"),
     "texts": ("Examples of {label}:", "Sentences about all kinds of {label}:"),
 }
+PROMPTS["types"] = (*PROMPTS["words"], "The word {label} and similar words:")  # of running text; a label may be one of them
 
 # %% ../nbs/07_prompts.ipynb #c8f7ff80
 def split_at_slot(

@@ -117,7 +117,8 @@ def save(
 
     Raises ValueError if the folder contains anything else."""
     rest = {name: getattr(self, name) for name in ("label", "soft", "lm", "dtype", "threads", "interrupted", "seconds", "verdict", "evidence")}
-    rest |= {"feature": self.feature.name, "settings": self.settings.plain(), "prompts": plain_prompts(self.prompts)}
+    rest |= {"feature": self.feature.name, "source": self.feature.source, "settings": self.settings.plain(),
+             "prompts": plain_prompts(self.prompts)}
     with sealed_folder(folder, "result") as new:
         for name in TABLES: getattr(self, name).to_parquet(new / f"{name}.parquet")
         self.feature.to_jsonl(new / "feature.jsonl")
@@ -142,7 +143,8 @@ def load(cls: LabelResult, folder: str | Path) -> LabelResult:
         file = "ranking.parquet"
         if rest["settings"].label_tokens > 1:
             rest["ranking"]["token_id"] = rest["ranking"].token_id.map(lambda ids: tuple(ids.tolist()))
-        rest["feature"] = Feature.from_jsonl(folder / (file := "feature.jsonl"), name=rest["feature"])
+        source, rest["feature"] = rest.pop("source"), Feature.from_jsonl(folder / (file := "feature.jsonl"), name=rest["feature"])
+        rest["feature"].source.update(source)
         return cls(**rest)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise ValueError(f"{folder / file} is damaged, or another version of tokenlabel wrote it: {error}") from error
