@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from tokenlabel.cli import _parameters, _parser, main
@@ -51,6 +52,26 @@ def test_label_prints_the_label_and_the_table_and_saves(feature_file, tiny, stor
     assert capsys.readouterr().out.endswith(f"{result}\n\nsaved in {out}\n") and repr(result.label) in str(result)
     assert result.settings == Settings(prompts=["Examples of {label}:"], steps=3, candidates=2, heldout=0, kl_weight=.1)
     assert {path.name for path in out.iterdir()} > {"result.json", "figure.png", "figure.pdf"}
+
+
+def test_a_file_of_latents_becomes_a_folder_with_a_page_and_files_for_other_programs(tiny, tmp_path, capsys):
+    texts = ["the cat sat", "a red cat ran", "the cat and a dog", "a house", "the red car", "is it here", "it ran"]
+    windows = [dict(tokens=[" " * bool(i) + word for i, word in enumerate(text.split())], values=[3.0 * (word == "cat") for word in text.split()])
+               for text in texts]
+    rows = [dict(modelId="gpt2-small", layer="6-res", index=str(i), activations=windows, explanations=[dict(description="cats & <dogs>")])
+            for i in (7, 30)]
+    (tmp_path / "latents.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["label", str(tmp_path / "latents.jsonl"), *tiny, "--steps", "3", "--proposals", "2", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"2 labels in {tmp_path / 'out' / 'labels.csv'}" in printed and "page.html" in printed
+    table = pd.read_csv(tmp_path / "out" / "labels.csv")
+    assert table["index"].tolist() == [7, 30] and (table.verdict == "a token").all() and (table.label.str.strip() == "cat").all()
+    assert json.loads((tmp_path / "out" / "explanations" / "6-res_latent7.txt").read_text()) == "cat"
+    assert "cats &amp; &lt;dogs&gt;" in (tmp_path / "out" / "page.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
+    assert main(command) == 0 and len(before) == 2 and all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert main([*command, "--steps", "4"]) == 2 and "other settings" in capsys.readouterr().err
 
 
 def test_every_setting_is_an_option_with_its_help_and_default():

@@ -224,6 +224,8 @@ def marginal_log_probs(
     continued: int = 4,  # labels to average over for later tokens
 ) -> Tensor:  # [N], in nats
     "Log-probability of each token without a label: the mixture over the labels that the LM expects most."
+    if all(len(ids) == 1 for ids in documents):
+        return start_log_probs(lm, prompt, top)[torch.tensor(documents, device=lm.device)[:, 0]]
     log_pi, labels = prompt.label_prior.topk(min(continued, lm.label_count))
     packing, stacked, zero = pack(documents), stack_prompts(lm, [prompt]), torch.tensor([0])
     size = max(1, chunk(lm, 2048) // ((2 + packing.ids.shape[1]) * len(packing.ids)))

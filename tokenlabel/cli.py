@@ -56,10 +56,9 @@ def _label_many(features, out: Path, lm: str | None, settings) -> int:
     errors = label_folder(features, out, lm, settings, engine="processes" if lm.device.type == "cpu" else "here")
     results = list(read_folder(out))
     for name in ("labels.csv", "labels.jsonl"): write_table(results, out / name)
-    known = [result for result in results if result.feature.source.get("index") is not None]
-    if known:
-        write_delphi(known, out)
-        write_neuronpedia(known, out / "neuronpedia.jsonl")
+    having = lambda *keys: [result for result in results if all(result.feature.source.get(key) not in (None, "") for key in keys)]
+    if known := having("layer", "index"): write_delphi(known, out)
+    if known := having("model", "layer", "index"): write_neuronpedia(known, out / "neuronpedia.jsonl")
     print(f"\n{len(results)} labels in {out / 'labels.csv'}, with one card each in {write_page(results, out / 'page.html')}")
     for name, error in errors.items(): print(f"tokenlabel: warning: {name} has no label: {error}", file=sys.stderr)
     return 0
