@@ -140,6 +140,19 @@ def test_lesson_runs(copy, path): check_lesson(copy, path)
 # As little of a study as goes through all of its cells. (The plan for a million features computes with the default model.)
 SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"])}
 SMALL |= {name: dict(quick=True) for name in ("cost", "long_labels", "phase_map", "prompts", "search", "questions", "settings")}
+SMALL["latents"] = dict(silent=4, workers=1)
+
+
+def write_latents(path):
+    "Latents in the form that the study of latents reads, each of which fires on one word."
+    def window(word, place, **more):
+        tokens = ["the", " old", " house", " is", " here"]
+        return dict(tokens=[*tokens[:place], f" {word}", *tokens[place:]], values=[10 * (i == place) for i in range(6)]) | more
+    silent = [dict(tokens=["a", f" {word}", " day"], values=[0, 0, 0], decile=None) for word in ("red", "long", "good")]
+    rows = [dict(id=f"L0-{n}", explanation=f"the word {word}", detection=0.8, fuzz=0.7, train=[window(word, i) for i in range(1, 5)],
+                 test=[window(word, 1 + i % 4, decile=i + 1) for i in range(10)] + silent) for n, word in enumerate(("cat", "dog", "car", "red"))]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
 
 
 @pytest.mark.slow
@@ -151,6 +164,7 @@ def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
     read = papermill.inspect_notebook(copy / path)
     given |= {each: str(tmp_path / each) for each in ("runs", "data") if each in read}
     given |= {"lms": [tiny_folder]} if "lms" in read else {"lm": tiny_folder}
+    if "path" in read: given["path"] = write_latents(tmp_path / "latents.jsonl")
     assert set(given) <= set(read)
     nbformat.write(papermill.parameterize.parameterize_notebook(nb, given), copy / path)
     check_lesson(copy, path)
