@@ -1,5 +1,6 @@
 """The project as a whole: notebooks, exported code, README, lessons, settings and Makefile agree."""
 import ast
+import json
 import os
 import re
 import shutil
