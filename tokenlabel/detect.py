@@ -115,11 +115,12 @@ def score_gains(
     drawn = np.random.default_rng(seed).choice(out.text.unique(), (200, out.text.nunique()))
     predicted, groups = expit(out.gain - threshold), out.groupby("text").indices
     correlation = lambda rows: float(np.corrcoef(predicted.iloc[rows], out.activation.iloc[rows])[0, 1])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        samples = [correlation(np.concatenate([groups[text] for text in texts])) for texts in drawn]
-        simulated = dict(metric="correlation", value=correlation(np.arange(len(out))), low=np.nanquantile(samples, 0.025),
-                         high=np.nanquantile(samples, 0.975))
-    parts["simulation"] = pd.DataFrame([simulated])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any activation has no correlation
+        samples = np.array([correlation(np.concatenate([groups[text] for text in texts])) for texts in drawn])
+        value = correlation(np.arange(len(out)))
+    samples = samples[np.isfinite(samples)]
+    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (np.nan, np.nan)
+    parts["simulation"] = pd.DataFrame([dict(metric="correlation", value=value, low=low, high=high)])
     return pd.concat(parts, names=["score", None]).reset_index("score").reset_index(drop=True)
 
 # %% ../nbs/17_detect.ipynb #8c6c12a9
