@@ -102,3 +102,21 @@ def test_explanations_that_cannot_be_scored_are_refused():
     with pytest.raises(ValueError, match="is a list of words"): score_explanation(words, "animals", lm)
     with pytest.raises(ValueError, match="empty"): score_explanation(texts, " ", lm)
     assert len(score_explanation(texts, "animals that live in a house", lm, heldout=0.5)) == 11
+
+
+def test_labels_of_several_lengths_have_the_gains_that_each_has_alone():
+    lm, labels = make_tiny_lm("llama"), [" animal", " a red house", " car"]
+    together = word_gains(lm, labels, ["cat", "dog", "cat"], PROMPTS)
+    for label, row in zip(labels, together): assert np.allclose(word_gains(lm, [label], ["cat", "dog", "cat"], PROMPTS)[0], row, atol=1e-4)
+
+
+def test_a_word_without_tokens_gains_nothing(monkeypatch):
+    lm = make_tiny_lm("llama")
+    encode = lm.encode
+    monkeypatch.setattr(lm, "encode", lambda text: [] if text == " dog" else encode(text))
+    assert word_gains(lm, [" animal"], ["cat", "dog"], PROMPTS)[0, 1] == 0
+
+
+def test_texts_of_one_word_have_no_fuzzing_score():
+    scores = score_gains(made(words=("cat",)))
+    assert set(scores.score) == {"detection", "simulation"}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .feature import ACTIVE, Feature
+from .feature import Feature
 from .lm import LM
 from .settings import Settings
 from .tokenize import TokenizedFeature, tokenize
@@ -73,7 +73,7 @@ def choose_view(feature: Feature, settings: Settings) -> str:  # "words" for iso
             raise ValueError(f"view={settings.view!r} needs the discriminator channel, not {settings.discriminator}")
         return "context"
     if settings.view: return settings.view
-    active = sum(map(bool, feature.spans))
+    active = sum(any(span.activation > 0 for span in spans) for spans in feature.spans)
     return "types" if 2 <= active <= len(feature.texts) - 2 else "context"
 
 # %% ../nbs/16_by_type.ipynb #55d5cf00
@@ -105,9 +105,9 @@ def type_tokens(
     lm: LM,
 ) -> TokenizedFeature:
     "Word types as isolated words of one token, with their weights."
-    tokens = tokenize(Feature.from_words(name, dict(zip(types.word, types.activation))), lm)
-    weight = types.set_index("word").weight.loc[list(tokens.feature.texts)]
+    feature = Feature.from_words(name, dict(zip(types.word, types.activation)))
+    tokens, weight = tokenize(feature, lm), dict(zip(feature.texts, types.weight))
     every = torch.arange(len(tokens.documents))
     return replace(tokens, documents=tuple(ids[:1] for ids in tokens.documents), token_document=every,
                    token_position=torch.zeros_like(every), token_example=every,
-                   weight=torch.tensor(weight.to_numpy(), dtype=torch.float32))
+                   weight=torch.tensor([weight[word] for word in tokens.feature.texts], dtype=torch.float32))

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
-from torch import Tensor
 
 from .by_type import split_texts, word_table
 from .channel import Channel, ChannelBatch, MarginalCache
@@ -34,14 +33,17 @@ def word_gains(
     prompts: Sequence[str] = PROMPTS["types"],
 ) -> np.ndarray:  # [labels, words], in nats
     "How much more likely each label makes the first token of each word, mean over the prompts."
-    firsts = list(dict.fromkeys(lm.encode(" " + word)[:1][0] for word in words))
-    read = MarginalCache(lm, prompts)
-    channel = Channel(lm, None, read.prompts, read([(id,) for id in firsts]), read.prompts[0].label_prior)
-    every = torch.arange(len(firsts))
-    batch = ChannelBatch(pack([(id,) for id in firsts]), every, every, every)
-    gains = torch.cat([channel.token_logits(torch.tensor([lm.encode(label)], device=lm.device), batch) for label in labels])
-    place = {id: n for n, id in enumerate(firsts)}
-    return gains[:, [place[lm.encode(" " + word)[0]] for word in words]].float().cpu().numpy()
+    first = {word: lm.encode(" " + word)[:1] for word in dict.fromkeys(words)}  # empty for a word without tokens
+    place = {id: n for n, id in enumerate(dict.fromkeys(ids[0] for ids in first.values() if ids))}
+    read, every = MarginalCache(lm, prompts), torch.arange(len(place))
+    channel = Channel(lm, None, read.prompts, read([(id,) for id in place]), read.prompts[0].label_prior)
+    batch = ChannelBatch(pack([(id,) for id in place]), every, every, every)
+    encoded, gains = [lm.encode(label) for label in labels], np.zeros((len(labels), len(place) + 1))  # the last: no tokens
+    for length in sorted(set(map(len, encoded))):
+        rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
+        ids = torch.tensor([encoded[row] for row in rows], device=lm.device)
+        gains[rows, :-1] = channel.token_logits(ids, batch).float().cpu().numpy()
+    return gains[:, [place[first[word][0]] if first[word] else -1 for word in words]]
 
 # %% ../nbs/17_detect.ipynb #be653101
 @torch.no_grad()
@@ -108,6 +110,7 @@ def score_gains(
     parts, threshold = {}, 0.0
     for name, table, on in (("detection", text_table(words).reset_index(), "activation"), ("fuzzing", fuzz_table(words, seed), "right")):
         active, out = table[on].to_numpy() > 0, table.text.isin(words.text[words.heldout]).to_numpy()
+        if name == "fuzzing" and not 0 < out.sum() < len(out): continue  # no text has words of both kinds
         cut = fit_threshold(table.gain[~out].to_numpy(), active[~out])
         parts[name] = score(table.gain[out] - cut, active[out], seed=seed)
         if name == "detection": threshold = cut

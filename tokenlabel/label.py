@@ -155,9 +155,9 @@ def text_gains(judge: Discriminator, labels: Sequence[str]) -> np.ndarray:  # [l
     return context_gains(judge.lm, labels, tokens.texts.texts, tokens.words, judge.prompts)
 
 
-def rank_by_text(ranking: pd.DataFrame, judge: Discriminator, settings: Settings) -> pd.DataFrame:
-    "A ranking by type, with the loss on whole texts added."
-    words, gains = judge.tokens.words, text_gains(judge, list(ranking.label))
+def rank_by_text(ranking: pd.DataFrame, gains: np.ndarray, judge: Discriminator, settings: Settings) -> pd.DataFrame:
+    "A ranking by type, with the loss on whole texts added; `gains` of its labels, from `text_gains`."
+    words = judge.tokens.words
     texts = words.groupby("text").agg(activation=("activation", "max"), heldout=("heldout", "first"))
     active, out = torch.tensor(texts.activation.to_numpy() > 0).float(), torch.tensor(texts.heldout.to_numpy(), dtype=torch.bool)
     z = torch.tensor(np.maximum.reduceat(gains, np.flatnonzero(np.diff(words.text, prepend=-1)), axis=1))
@@ -174,12 +174,13 @@ def rank_by_text(ranking: pd.DataFrame, judge: Discriminator, settings: Settings
 # %% ../nbs/18_label.ipynb #cff3cca8
 def score_texts(
     ranking: pd.DataFrame, judge: Discriminator, seed: int,
+    known: dict[str, np.ndarray],  # gains of labels, as far as they are computed
 ) -> tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame, tuple[str, str]]:
     "The label, the words of the texts with its gain, its scores, the held-out table, and the verdict with its numbers."
     words, held = judge.tokens.words, judge.tokens.words.heldout
     word = one_token(words)
     label = " " + word if word else ranking.label[0]
-    words = words.assign(gain=text_gains(judge, [label])[0])
+    words = words.assign(gain=known[label] if label in known else text_gains(judge, [label])[0])
     if not held.any(): return label, words, NO_SCORES, NO_TABLE, ("a token" if word else "", "")
     scores = score_gains(words, seed)
     found = scores[scores.score == "detection"].drop(columns="score").assign(label="discrete")
@@ -202,9 +203,12 @@ def conclude(
     label, feature, out, texts = ranking.label[0], tokens.feature, tokens.heldout, {}
     heldout = NO_TABLE
     if isinstance(tokens, TextTokens):
-        feature = tokens.texts
-        if tokens.by_type: ranking = rank_by_text(ranking, judge, settings)
-        label, words, scores, heldout, (verdict, evidence) = score_texts(ranking, judge, settings.seed)
+        feature, known = tokens.texts, {}
+        if tokens.by_type:
+            gains = text_gains(judge, list(ranking.label))
+            known = dict(zip(ranking.label, gains))
+            ranking = rank_by_text(ranking, gains, judge, settings)
+        label, words, scores, heldout, (verdict, evidence) = score_texts(ranking, judge, settings.seed, known)
         texts = dict(words=words, scores=scores, verdict=verdict, evidence=evidence)
     elif out.any():
         kinds = [kind for kind, held in zip(tokens.types, out.tolist()) if held]

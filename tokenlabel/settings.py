@@ -89,7 +89,7 @@ class Settings:
     batch_size: int | None = None  # words, texts or questions per step. Default: the discriminator's own
     candidates: int = 6  # labels of the shortlist that are ranked on all data
     proposals: int = 16  # labels that the LM proposes from a list of active words; 0: none
-    view: str | None = None  # how running text is read, see `choose_view`. Default: what the data allow
+    view: str | None = None  # running text by "types", in "texts", or in "context" with held-out words. Default: types if possible
     heldout: float = 0.3  # share of the word types or texts that are held out for scores; 0: none
     seed: int = 0  # the same seed gives the same result
 
