@@ -17,7 +17,7 @@ from tokenlabel.exhaustive import (Oracle, accuracy_bound, count_positions, eval
                                    read_arrays, regret, word_table, write_arrays)
 from tokenlabel.feature import Feature
 from tokenlabel.forward import Stage
-from tokenlabel.label import label_feature
+from tokenlabel.label import begin, label_feature
 from tokenlabel.objective import balanced_bce, class_weights, fit_bias
 from tokenlabel.rank import rank_labels
 from tokenlabel.settings import Settings
@@ -29,7 +29,7 @@ SENTENCES = ["the cat sat on the mat.", "a dog and a horse ran.", "the house is 
              "one cow, one goat.", "the mouse saw a bird.", "a lamp and a stone."]
 SPANS = [[(text.index(word), text.index(word) + len(word), 1.0) for word in ACTIVE if word in text] for text in SENTENCES]
 TEXTS = Feature.from_texts("animals", SENTENCES, SPANS)
-FEATURES = {"words": WORDS, "texts": TEXTS}
+FEATURES = {"words": (WORDS, {}), "context": (TEXTS, dict(view="context")), "types": (TEXTS, dict(view="types"))}
 HEAVY = Settings(kl_weight=0.2)  # a random model tells labels apart by their KL more than by anything else
 
 
@@ -43,10 +43,12 @@ def ask(feature, settings=None, family="llama", **options) -> Oracle:
 
 
 @lru_cache
-def by_hand(feature, settings=Settings(), family="llama") -> pd.DataFrame:
+def by_hand(name, settings=Settings(), family="llama") -> pd.DataFrame:
     "The loss of each label, by `rank_labels`."
-    one = discriminator_of(feature, family)
-    return rank_labels(one, one.lm.admissible.nonzero()[:, 0].tolist(), settings)[0].set_index("token_id")
+    feature, view = FEATURES[name]
+    search = begin(feature, make_tiny_lm(family), replace(settings, **view))
+    ids = search.discriminator.lm.admissible.nonzero()[:, 0].tolist()
+    return rank_labels(search.discriminator, ids, search.settings)[0].set_index("token_id")
 
 
 @pytest.fixture
@@ -62,8 +64,9 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3"))
 def test_every_loss_is_that_of_the_label_scored_alone(name, family):
-    table = ask(FEATURES[name], family=family, top=None).ranking.set_index("token_id")
-    expected = by_hand(FEATURES[name], family=family)
+    feature, view = FEATURES[name]
+    table = ask(feature, family=family, top=None, **view).ranking.set_index("token_id")
+    expected = by_hand(name, family=family)
     assert table.exact.all() and set(table.index) == set(expected.index)
     for column in ("loss", "accuracy_loss", "kl", "stop"):
         np.testing.assert_allclose(table[column], expected[column][table.index], atol=1e-4, rtol=0)
@@ -75,23 +78,25 @@ def test_every_loss_is_that_of_the_label_scored_alone(name, family):
                          ids=["default", "heavy KL", "no KL", "unweighted", "positive_weight"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_first_ranks_are_exact_and_no_bound_is_above_the_loss(name, settings):
-    expected = by_hand(FEATURES[name], settings)
+    feature, view = FEATURES[name]
+    expected = by_hand(name, settings)
     for top in (1, 7) if settings == HEAVY else (3,):
-        table = ask(FEATURES[name], settings, top=top).ranking
+        table = ask(feature, replace(settings, **view), top=top).ranking
         first, rest = table[:top], table[top:].set_index("token_id")
         assert first.exact.all()
         np.testing.assert_allclose(first.loss, expected.loss.sort_values()[:top], atol=1e-4, rtol=0)
         assert first.auroc_train.tolist() == pytest.approx(expected.auroc_train[first.token_id].tolist())
-        assert first.auroc_heldout.tolist() == pytest.approx(expected.auroc_heldout[first.token_id].tolist())
+        assert first.auroc_heldout.tolist() == pytest.approx(expected.auroc_heldout[first.token_id].tolist(), nan_ok=True)
         assert (rest.loss <= expected.loss[rest.index] + 1e-4).all()
         assert (rest.loss >= first.loss.max() - 1e-4).all()
         np.testing.assert_allclose(rest.loss[rest.exact], expected.loss[rest.index][rest.exact], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", ["words", "context"])  # types have one token each, and so one stage
 def test_bounds_save_work(name, small_chunks):
-    with count_positions(make_tiny_lm("llama")) as build: discriminator_of(FEATURES[name])
-    everything, first = ask(FEATURES[name], HEAVY, top=None), ask(FEATURES[name], HEAVY, top=1)
+    feature, view = FEATURES[name]
+    with count_positions(make_tiny_lm("llama")) as build: begin(feature, make_tiny_lm("llama"), replace(HEAVY, **view))
+    everything, first = (ask(feature, replace(HEAVY, **view), top=top) for top in (None, 1))
     assert first.positions - build.positions < (everything.positions - build.positions) * 2 / 3
     assert not first.ranking.exact.all()
 
@@ -115,9 +120,10 @@ def test_the_bound_is_below_the_loss_however_the_words_are_completed(seed, posit
     torch.testing.assert_close(whole, loss)
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", ["words", "context"])  # types have one token each, and so one stage
 def test_stages_cover_the_training_examples_and_bounds_rise_from_stage_to_stage(name):
-    one = discriminator_of(FEATURES[name])
+    feature, view = FEATURES[name]
+    one = begin(feature, make_tiny_lm("llama"), Settings(**view)).discriminator
     train, stages = ~one.tokens.heldout, one.stages()
     assert len(stages) > 2 and stages[-1].known[train].all() and not stages[-1].bound[train].any()
     on, off = class_weights(one.tokens.activation, weight=train)
@@ -209,6 +215,13 @@ def test_a_broken_file_of_an_unfinished_oracle_is_ignored(tmp_path, monkeypatch,
     same(resumed, ask(WORDS))
 
 
+def test_an_oracle_by_type_has_the_settings_of_a_search_by_type_and_no_regret(result):
+    truth = ask(TEXTS, labels=9)
+    assert truth.settings.view == "types" and truth.settings.kl_weight == 0.01
+    by_type = replace(result, feature=TEXTS, settings=truth.settings)
+    with pytest.raises(ValueError, match="by type counts whole texts"): regret(by_type, truth)
+
+
 def test_another_question_is_not_answered_from_the_cache(tmp_path):
     ask(WORDS, labels=9, runs=tmp_path)
     for options in ({"settings": HEAVY}, {"labels": 8}, {"seed": 1}, {"heldout": 0}, {"top": 2}):
@@ -283,7 +296,7 @@ def result():
 
 
 def test_rank_and_regret(result):
-    truth, full = ask(WORDS, top=5), by_hand(WORDS)
+    truth, full = ask(WORDS, top=5), by_hand("words")
     as_if = lambda id: replace(result, ranking=full.loc[[id]].reset_index())
     for id in (*truth.ranking.token_id[:5], full.loss.idxmax()):
         (least, most), true = rank_in(as_if(id), truth), int((full.loss < full.loss[id]).sum())

@@ -238,7 +238,7 @@ def label_ids(
     return order[torch.isin(order, torch.tensor(ids, device=order.device).flatten())]
 
 # %% ../nbs/21_exhaustive.ipynb #0616851f
-SCORING = ("discriminator", "prompts", "heldout", "seed", "accuracy_weight", "kl_weight", "stop_weight",
+SCORING = ("discriminator", "view", "prompts", "heldout", "seed", "accuracy_weight", "kl_weight", "stop_weight",
            "positive_weight")  # settings on which the loss of a label depends
 
 
@@ -277,7 +277,8 @@ def oracle(
     entry = None if runs is None else cache_entry(key, runs)
     if entry is not None and (kept := read_entry(entry, Oracle.load)) is not None: return kept
     with count_positions(lm) as meter:
-        discriminator = begin(feature, lm, settings).discriminator
+        search = begin(feature, lm, settings)
+        discriminator, settings = search.discriminator, search.settings
         ids, scored = label_ids(labels, discriminator), replace(settings, kl_weight=kl_weight(settings, discriminator))
         file = None if entry is None else entry.with_name(f"{entry.name}-progress.npz")
         state, start = evaluate_all(discriminator, scored, ids, top, file, meter, progress), time.perf_counter()
@@ -293,7 +294,9 @@ def oracle(
 # %% ../nbs/21_exhaustive.ipynb #83fd6b47
 def regret(result: LabelResult, truth: Oracle) -> float:
     """How far a result's loss is above the lowest loss. Raises ValueError if the oracle used another feature, model or
-    setting. A result in bfloat16 may be compared with an oracle in float32."""
+    setting, and for a result by type, whose loss also counts whole texts. A result in bfloat16 may be compared with an
+    oracle in float32."""
+    if result.settings.view == "types": raise ValueError("the loss of a result by type counts whole texts, the oracle's does not")
     for name in ("lm", *SCORING):
         ours, theirs = (getattr(x if name in ("lm", "prompts") else x.settings, name) for x in (result, truth))
         if ours != theirs: raise ValueError(f"the result has {name}={ours!r}, the oracle {theirs!r}")
