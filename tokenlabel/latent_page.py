@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from .detect import fit_threshold, text_table
+from .detect import deciles, fit_threshold, text_table
 from .feature import Feature, source_line
 from .files import write_file
 from .result import LabelResult
@@ -26,11 +26,9 @@ from .write import summary_row
 def shown_texts(words: pd.DataFrame, most: int = 2, silent: int = 4) -> pd.DataFrame:  # index: text; activation, gain, heldout, decile
     "At most `most` texts of each decile of activation, the strongest first, then silent texts with decile 0; `words` of a result."
     table = text_table(words).assign(heldout=words.groupby("text").heldout.first().astype(bool))
-    place = table.activation.rank(ascending=False, method="first") - 1
-    fires = table.activation > 0
-    table["decile"] = (place * 10 // max(fires.sum(), 1) + 1).where(fires, 0).astype(int)
-    active = table[fires].sort_values(["decile", "heldout", "activation"], ascending=[True, False, False], kind="stable")
-    quiet = table[~fires].sort_values("heldout", ascending=False, kind="stable")
+    table["decile"] = deciles(table.activation)
+    active = table[table.decile > 0].sort_values(["decile", "heldout", "activation"], ascending=[True, False, False], kind="stable")
+    quiet = table[table.decile == 0].sort_values("heldout", ascending=False, kind="stable")
     return pd.concat([active.groupby("decile").head(most), quiet.head(silent)])
 
 # %% ../nbs/27_latent_page.ipynb #b0bc7693
