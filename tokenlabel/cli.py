@@ -116,8 +116,7 @@ def _workshop(options) -> int:
     if not (_is_loopback(options.host) or options.public):
         raise ValueError(f"other computers can reach {options.host}, and everybody there could use this one; "
                          "add --public (with make: PUBLIC=1) if that is what you want")
-    page = Path(tokenlabel.__file__).resolve().parents[1] / "nbs" / "workshop" / "explorer.ipynb"
-    if not page.exists(): raise FileNotFoundError(f"there is no {page}: it comes with the source; clone the repository")
+    from tokenlabel.files import bundled
     if not find_spec("voila"): raise ValueError("the page needs voila: pip install 'tokenlabel[workshop]'")
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,7 +124,7 @@ def _workshop(options) -> int:
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
     from tokenlabel.page import serve
-    serve(page, options.host, options.port, public=not _is_loopback(options.host))
+    serve(bundled("nbs/workshop/explorer.ipynb"), options.host, options.port, public=not _is_loopback(options.host))
     return 0
 
 # %% ../nbs/47_cli.ipynb #9cfbc5f8

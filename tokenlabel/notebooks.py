@@ -22,19 +22,13 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from traitlets import Instance
 
-import tokenlabel
-from .files import check_writable, work_folder, write_file
+from .files import bundled, check_writable, work_folder, write_file
 from .workers import available_cpus, run_calls, start_worker
 
 # %% ../nbs/42_notebooks.ipynb #1e89d92f
-def list_experiments(
-    package: Path = Path(tokenlabel.__file__).resolve().parent,
-) -> dict[str, Path]:
-    "The experiment notebooks of the source checkout that this package runs from, by name."
-    if not (package.parent / "settings.ini").exists():
-        raise FileNotFoundError(f"no experiment notebooks in {package.parent}: they come with the source; clone the "
-                                "repository and install from there with `pip install -e .`, or give the path of a notebook")
-    return {path.stem: path for path in sorted((package.parent / "nbs" / "experiments").glob("*.ipynb"))}
+def list_experiments() -> dict[str, Path]:
+    "The experiment notebooks that come with the package, by name."
+    return {path.stem: path for path in sorted(bundled("nbs/experiments").glob("*.ipynb"))}
 
 def find_experiment(name_or_path: str | Path) -> Path:
     "The notebook of that name among `list_experiments()`, or at that path."

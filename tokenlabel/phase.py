@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .evaluator import spellings
-from .files import read_json, write_json
+from .files import bundled, read_json, write_json
 from .forward import Discriminator
 from .plot import COLORS, drawable
 from .search import Search
@@ -91,10 +90,10 @@ def save_maps(
 
 def load_maps(
     lm: str,  # name of the language model
-    file: Path | None = None,  # default: figures/phase_map.json of the checkout
+    file: Path | None = None,  # default: figures/phase_map.json, which comes with the package
 ) -> dict[str, pd.DataFrame]:  # by the name of the feature; empty if no map is of this model
     "Read maps."
-    file = file or Path(str(files("tokenlabel"))).resolve().parent / "figures" / "phase_map.json"
+    file = file or bundled("figures/phase_map.json")
     stored = read_json(file, "phase maps") if file.exists() else dict(lm=None, maps={})
     return {name: pd.DataFrame(rows) for name, rows in stored["maps"].items()} if stored["lm"] == lm else {}
 
