@@ -1,4 +1,4 @@
-# `make reproduce`, `make check`, `make test` and `make workshop` do everything. Each makes .venv if it is missing.
+# `make help` lists what there is. Each target makes the environment that it needs.
 
 SHELL       := bash
 .SHELLFLAGS := -o pipefail -c
@@ -25,7 +25,7 @@ SERVE := $(if $(BIND),--host $(BIND)) $(if $(PORT),--port $(PORT)) $(if $(PUBLIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce check test fuzz workshop export browser
+.PHONY: help reproduce check test fuzz workshop export browser docs
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -61,12 +61,22 @@ export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clea
 	rm -f README.md
 	$(MAKE) README.md
 
+# Sphinx has an environment of its own: it needs neither the package nor PyTorch, and its requirements are not ours.
+docs: .venv-docs/installed ## build the documentation in _docs/ from the committed notebooks; a warning is an error
+	.venv-docs/bin/sphinx-build -q -W --keep-going -j auto -c nbs/docs -d _docs/doctrees nbs _docs/html
+	@echo "The documentation is in _docs/html/index.html"
+
+.venv-docs/installed: nbs/docs/requirements.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -r $<
+	touch $@
+
 # Links and pictures in the notebook are relative to nbs/, those in README.md to the folder above. The language of code
 # is named once more, because clean notebooks do not carry it.
 README.md: nbs/index.ipynb $(STAMP)
 	$(BIN)/python -m nbconvert --to markdown --stdout $< \
 	  | cat -s | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
-	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")([A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
+	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")(docs/[a-z]+\.md|[A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
 
 # Most of what is installed is never imported, so Python compiles what is when it is: pip would take twice the time.
 $(STAMP): settings.ini setup.py constraints.txt

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -88,7 +89,9 @@ def test_results_in_the_readme_are_those_of_the_figures():
 
 def pages():
     "All text for people, with the place of each."
-    for path in ("README.md", "CONTRIBUTING.md"): yield ROOT / path, (ROOT / path).read_text()
+    guides = (ROOT / "nbs" / "docs").glob("*.md")
+    for path in (*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")), *guides):
+        yield path, path.read_text()
     for path in NOTEBOOKS:
         cells = nbformat.read(ROOT / path, as_version=4).cells
         yield ROOT / path, "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -202,6 +205,22 @@ def test_the_installed_package_is_what_settings_say(settings):
     required = {canonicalize_name(Requirement(text).name) for text in installed.requires}
     listed = listed_requirements(settings)
     assert required == {canonicalize_name(Requirement(text).name) for text in listed}
+
+
+def test_the_citation_names_this_version_and_the_paper(settings):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["title"], citation["version"], citation["license"]) == (settings["lib_name"], settings["version"], "Apache-2.0")
+    paper = citation["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Schulz", "Fallows"] and "2504.00754" in paper["url"]
+    assert f"## {settings['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_workflow_runs_targets_that_exist(settings):
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = {run.split()[1] for run in runs if run.startswith("make")}
+    assert targets == {"test", "check", "docs"} <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert jobs["check"]["strategy"]["matrix"]["python"] == settings["pythons"].split()[1:]
 
 
 def test_constraints_pin_versions_that_settings_allow(settings):
