@@ -1,6 +1,8 @@
 """Labels from beginning to end, on tiny random models."""
+import inspect
 import math
 import random
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -21,7 +23,7 @@ from tokenlabel.lm import load_lm
 from tokenlabel.objective import balanced_bce
 from tokenlabel.prompts import Question
 from tokenlabel.rank import rank_labels
-from tokenlabel.result import LabelResult
+from tokenlabel.result import TABLES, LabelResult
 from tokenlabel.search import Search, has_collapsed, make_discriminator, round_trips
 from tokenlabel.settings import Settings
 from tokenlabel.tokenize import tokenize
@@ -276,6 +278,52 @@ def test_an_interrupt_during_the_beam_search_leaves_the_candidates_of_the_search
     assert (result.ranking.step >= 0).any()
 
 
+@pytest.fixture
+def interrupt_pass(monkeypatch):
+    "Presses Ctrl-C in that pass of the language model after the descent, and tells how many passes there were."
+    def press(number, family="llama"):
+        passes, real = [], module.conclude
+
+        def hook(*_):
+            passes.append(1)
+            if len(passes) - 1 == number: raise KeyboardInterrupt
+
+        def conclude(*args, **options):
+            handle = make_tiny_lm(family).model.base_model.register_forward_hook(hook)
+            try: return real(*args, **options)
+            finally: handle.remove()
+
+        monkeypatch.setattr(module, "conclude", conclude)
+        return passes
+    yield press
+    monkeypatch.undo()
+
+
+LATENT = Feature.from_texts("cats", [f"the cat sat on the {x}" for x in "abcdef"] + [f"the car ran to the {x}" for x in "abcdef"],
+                            [[(4, 7, 1.0)]] * 6 + [[]] * 6)
+
+
+@pytest.mark.parametrize("feature, options", [
+    (WORDS, {}), (WORDS, dict(label_tokens=2)), (WORDS, dict(discriminator="direct", prompts=QUESTION)), (TEXTS, {}),
+    (LATENT, dict(view="types", heldout=0.5)), (LATENT, dict(view="texts", heldout=0.5))],
+    ids=["words", "two tokens", "direct", "context", "types", "texts"])
+def test_an_interrupt_in_any_pass_after_the_descent_gives_what_is_known(feature, options, interrupt_pass):
+    options = dict(steps=2, candidates=2) | options
+    passes = interrupt_pass(-1)
+    whole, count = run(feature, **options), len(passes)
+    assert not whole.interrupted and count > 3
+    ranked = 0
+    for number in sorted({*range(0, count, max(1, count // 6)), count - 1}):
+        interrupt_pass(number)
+        result = run(feature, **options)
+        assert result.interrupted and np.isfinite(result.ranking.loss).all() and math.isfinite(result.soft["loss_gap"])
+        assert_frame_equal(result.trace, whole.trace, check_exact=True)
+        assert result.label.strip() and (result.label == result.ranking.label[0] or result.verdict == "a token")
+        assert f"{result.label!r} (interrupted)" in repr(result)
+        ranked += result.ranking.label.tolist() == whole.ranking.label.tolist() and result.ranking.auroc_train.notna().all()
+    assert ranked  # the last interrupt comes after the ranking, which is kept
+
+
 @pytest.mark.parametrize("label_tokens", [1, "auto"])
 def test_an_error_of_a_callback_is_passed_on(label_tokens):
     def progress(rows): raise ValueError("disk full")
@@ -290,6 +338,25 @@ def test_progress_is_shown_on_request(capsys):
     run(steps=2, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "2/2" in err and "loss" in err and "entropy" in err and "KL" in err
+
+
+def test_the_work_before_and_after_the_steps_is_shown(capsys):
+    run(steps=2, progress=True)
+    shown = capsys.readouterr().err
+    places = [shown.index(part) for part in ("reading the examples without a label", "2/2", "ranking the candidates", "scoring the label")]
+    assert places == sorted(places)
+    run(steps=2, progress=stop_after(1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_help_names_every_parameter_and_every_column(result):
+    help, columns = inspect.getdoc(label_feature), inspect.getdoc(LabelResult)
+    for name in inspect.signature(label_feature).parameters: assert re.search(rf"^(\*\*)?{name}: ", help, re.M), name
+    for field in fields(LabelResult): assert re.search(rf"^([\w, ]+, )?{field.name}[,:]", columns, re.M), field.name
+    for table in TABLES:
+        part = re.search(rf"^{table}: .*(\n .*)*", columns, re.M)[0]
+        for column in getattr(result, table): assert re.search(rf"\b{column}\b", part), (table, column)
+    for name in result.soft: assert re.search(rf"\b{name}\b", re.search(r"^soft: .*(\n .*)*", columns, re.M)[0])
 
 
 def test_a_search_can_be_concluded_at_any_step():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {0: {3}, 1: {0, 3}, 2: {0, 1, 3}, 3: set(), 4: {0, 1, 2, 3}, 5: {0, 1, 3}}
 ALSO = {"label": {"cudagraph"}, "synthetic": {"feature"}}  # the fastest step on a GPU; generators make features
 INSIDE = {"cli", "__init__"}  # may import inside functions: what is not needed costs no time
+LATER = {("result", "plot")}  # so may this one: matplotlib takes a second, and a label needs no picture
 
 
 def modules():
@@ -57,7 +58,7 @@ def test_there_is_no_circle():
 def test_imports_go_down(module):
     own = NUMBER[module]
     for name, inside in GRAPH[module]:
-        assert not inside, f"{module} imports {name} inside a function; only {', '.join(sorted(INSIDE))} may"
+        assert not inside or (module, name) in LATER, f"{module} imports {name} inside a function; only {', '.join(sorted(INSIDE))} may"
         part, other = own // 10, NUMBER[name] // 10
         allowed = other in MAY_IMPORT[part] or other == part and (part == 3 or NUMBER[name] < own) or name in ALSO.get(module, ())
         assert allowed, (f"{own:02}_{module} imports {NUMBER[name]:02}_{name}: part {part}x may import lower numbers of its "

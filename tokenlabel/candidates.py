@@ -81,6 +81,7 @@ def shortlist(
     most: int = 96,  # candidates of the search in the first prefilter
     second: int = 16,  # candidates of the search in the second prefilter, at least
     second_proposals: int = 8,  # proposals in the second prefilter
+    brief: bool = False,  # read no data: the final labels, and the most frequent candidate of the search
 ) -> list[Label]:
     "The final label of each restart, and the `settings.candidates` best other labels. Raises NoLabel if all are invalid."
     final = list(map(tuple, search.log_p(1.0).argmax(-1).tolist()))
@@ -88,9 +89,10 @@ def shortlist(
     for label in proposals: search.candidates.setdefault(label, (-1, -1))
     valid = lambda labels: [label for label in labels if round_trips(label, search.discriminator.lm)]
     frequent, best = valid(label for label, _ in search.counts.most_common())[:most], []
-    for labels, keep in (frequent, max(settings.candidates, second)), (list(proposals), second_proposals):
+    for labels, keep in () if brief else ((frequent, max(settings.candidates, second)), (list(proposals), second_proposals)):
         if labels: best += prefilter(search, labels, keep, 1 / 4, search.done, settings)
     if best: best = prefilter(search, list(dict.fromkeys(best)), settings.candidates, 1 / 2, settings=settings)
+    if brief: best = frequent[:1]
     if found := valid(dict.fromkeys(final + best)): return found
     raise NoLabel(f"the tokenizer reads none of the labels of {len(final[0])} tokens as the same tokens; "
                   "take more steps, or fewer label tokens")

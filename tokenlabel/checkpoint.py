@@ -17,8 +17,11 @@ from typing import Iterator
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file, logging
+
+from .files import check_hub
 
 # %% ../nbs/38_checkpoint.ipynb #64551dd5
 def short(error: BaseException) -> str:
@@ -115,7 +118,7 @@ def some(names) -> str:
 
 def loading_fault(
     report: dict,  # of `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`
-    model: PreTrainedModel,
+    model: "transformers.PreTrainedModel",  # in quotes: importing this class takes longer than importing PyTorch
 ) -> str | None:
     "How the weights of a checkpoint differ from those of the model, in words that follow the name of the file."
     kind, output, given = type(model).__name__, model.get_output_embeddings(), getattr(model.config, "architectures", None)
@@ -135,7 +138,7 @@ def loading_fault(
 
 # %% ../nbs/38_checkpoint.ipynb #dbea20b2
 @torch.no_grad()
-def weights_fault(model: PreTrainedModel) -> str | None:
+def weights_fault(model: "transformers.PreTrainedModel") -> str | None:
     "The first weight of a model that is no float, or not finite; None if there is none. Quantized models keep integers."
     quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
     for name, weight in model.named_parameters():
@@ -156,7 +159,7 @@ def stored_types(path: Path) -> dict[str, str]:
             if isinstance(weight, torch.Tensor)}
 
 
-def integers_fault(folder: Path, model: PreTrainedModel) -> str | None:
+def integers_fault(folder: Path, model: "transformers.PreTrainedModel") -> str | None:
     "The first file whose weights are integers or of 8 bits, though config.json names no quantization."
     if quantization(folder / "config.json"): return None
     end = lambda name: tuple(name.split(".")[-2:])  # the prefix may differ
@@ -184,6 +187,7 @@ def from_pretrained(loader, location: str, **settings):
 
     Code that a model brings along is never run. Raises OSError or ValueError in one line, which names the file."""
     is_folder = Path(location).is_dir()
+    if not is_folder: check_hub(location)
     with quiet(bars=not is_folder):
         try: return loader.from_pretrained(location, trust_remote_code=False, **settings)
         except BaseException as error:  # of any kind: it is the fault of a file; a panic in Rust is no Exception
@@ -196,7 +200,7 @@ def from_pretrained(loader, location: str, **settings):
             raise kind(f"cannot load {fault or f'{location}{where}: {reason}'}") from error
 
 # %% ../nbs/38_checkpoint.ipynb #9c892674
-def load_model(location: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_model(location: str, dtype: torch.dtype | str) -> "transformers.PreTrainedModel":
     "A causal language model with all of its weights. Raises ValueError, which names the file, for any other."
     if fault := size_fault(Path(location)): raise ValueError(fault)
     model, report = from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True,

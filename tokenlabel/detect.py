@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.special import expit
 
 from .by_type import explained, split_texts, word_table
 from .channel import Channel, ChannelBatch, MarginalCache
@@ -116,7 +116,7 @@ def score_gains(
         if name == "detection": threshold = cut
     out = words[words.heldout]
     drawn = np.random.default_rng(seed).choice(out.text.unique(), (200, out.text.nunique()))
-    predicted, groups = expit(out.gain - threshold), out.groupby("text").indices
+    predicted, groups = scipy.special.expit(out.gain - threshold), out.groupby("text").indices
     correlation = lambda rows: float(np.corrcoef(predicted.iloc[rows], out.activation.iloc[rows])[0, 1])
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any activation has no correlation
         samples = np.array([correlation(np.concatenate([groups[text] for text in texts])) for texts in drawn])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
 from .files import write_file
@@ -156,8 +155,9 @@ def merge_words(rows: Iterable[tuple[str, str, float]]) -> dict[str, float]:  # 
 def check_lists(**lists):
     "Raises TypeError, which names the argument, for a string, a DataFrame, or anything else that is no list."
     for name, values in lists.items():
-        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, pd.DataFrame)): continue
-        got = "; give one of its columns" if isinstance(values, pd.DataFrame) else f" {excerpt(values)}"
+        table = hasattr(values, "columns")  # of pandas, whose import takes as long as all others here
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) and not table: continue
+        got = "; give one of its columns" if table else f" {excerpt(values)}"
         raise TypeError(f"{name} has to be a list, got {type(values).__name__}{got}")
 
 # %% ../nbs/02_feature.ipynb #ee3ddf4d
@@ -174,7 +174,7 @@ def from_words(
     check_lists(active=active, inactive=inactive)
     rows = []
     for words, value in ((active, 1.0), (inactive, 0.0)):
-        mapping = isinstance(words, Mapping) or isinstance(words, pd.Series) and pd.api.types.is_numeric_dtype(words)
+        mapping = isinstance(words, Mapping) or hasattr(words, "items") and words.dtype.kind in "biuf"
         pairs = words.items() if mapping else ((word, value) for word in words)
         rows += [(f"word {i} ({excerpt(word)})", word, a) for i, (word, a) in enumerate(pairs, len(rows))]
     activation = merge_words(rows)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import torch
+import transformers
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .checkpoint import from_pretrained, load_model, short, weights_fault
@@ -32,7 +33,7 @@ class LM:
     V is the number of rows of the embedding matrix, d the width of an embedding."""
     def __init__(
         self,
-        model: PreTrainedModel,  # any causal LM of transformers, in eval mode, without gradients
+        model: "transformers.PreTrainedModel",  # any causal LM of transformers, in eval mode, without gradients
         tokenizer,  # a fast tokenizer of transformers
         name: str,
     ):
@@ -255,7 +256,7 @@ def check_architecture(lm: LM) -> LM:
     return lm
 
 # %% ../nbs/01_lm.ipynb #5437d581
-def _check_pair(model: PreTrainedModel, tokenizer) -> None:
+def _check_pair(model: "transformers.PreTrainedModel", tokenizer) -> None:
     "Raise ValueError if the model has no output layer of its own size, or the tokenizer is slow, empty or of another model."
     inputs, outputs, kind = model.get_input_embeddings(), model.get_output_embeddings(), type(model).__name__
     if outputs is None:
@@ -273,7 +274,7 @@ def _check_pair(model: PreTrainedModel, tokenizer) -> None:
         f"the tokenizer does not belong to the model: it has ids up to {highest}, the model {rows} embeddings")
 
 # %% ../nbs/01_lm.ipynb #d31249c2
-def _check_lm(model: PreTrainedModel, tokenizer, name: str) -> LM:
+def _check_lm(model: "transformers.PreTrainedModel", tokenizer, name: str) -> LM:
     "The checked pair of a model and a tokenizer. Raises ValueError, which says what is wrong with one of them."
     try: _check_pair(model, tokenizer)
     except (AttributeError, TypeError) as error: raise ValueError(f"{name} cannot be used: {short(error)}") from error
@@ -297,7 +298,7 @@ def fastest_dtype(
 
 # %% ../nbs/01_lm.ipynb #1d72ddb2
 def load_lm(
-    source: str | Path | PreTrainedModel | None = None,  # None (the default model), a hub name, folder, .gguf, or model
+    source: "str | Path | transformers.PreTrainedModel | None" = None,  # None (the default model), a hub name, folder, .gguf, or model
     *,
     tokenizer=None,  # for a model in memory, or in place of the one that comes with `source`
     device: str | torch.device | None = None,  # default: the GPU if there is one (a model in memory stays where it is)
@@ -313,7 +314,7 @@ def load_lm(
     a model or tokenizer that this package cannot work with."""
     if dtype == "fastest": dtype = fastest_dtype(device or getattr(source, "device", None))
     elif isinstance(dtype, str): raise ValueError(f'dtype {dtype!r} is neither a torch.dtype nor "fastest"')
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, transformers.PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a model in memory needs its tokenizer: load_lm(model, tokenizer=tokenizer)")
         model, name = source, source.name_or_path or type(source).__name__

@@ -100,6 +100,7 @@ def rank_labels(
     discriminator: Discriminator,
     labels: Sequence[int] | Sequence[Sequence[int]],  # C single tokens, or C labels of T tokens each
     settings: Settings = Settings(),
+    batch: Batch | None = None,  # some examples that stand for all, without scores; default: all
 ) -> tuple[pd.DataFrame, Tensor]:  # C rows, best first; calibrated logits [C, E] in the order of the rows
     """Rank labels by the objective on the training examples.
 
@@ -107,7 +108,7 @@ def rank_labels(
     accuracy_loss, kl, stop, accuracy_loss_heldout, auroc_train and auroc_heldout (NaN if nothing is held out)."""
     lm, tokens, nan = discriminator.lm, discriminator.tokens, float("nan")
     ids = torch.as_tensor(labels, device=lm.device).reshape(len(labels), -1)
-    scores = score_labels(discriminator, ids, settings, discriminator.batches())
+    scores = score_labels(discriminator, ids, settings, [batch] if batch else discriminator.batches())
     loss = discrete_loss(*scores[:3], replace(settings, kl_weight=kl_weight(settings, discriminator)))
     rows, z, out, activation = list(map(tuple, ids.tolist())), scores.z.cpu(), tokens.heldout, tokens.activation
     table = pd.DataFrame({
@@ -115,8 +116,8 @@ def rank_labels(
         "label": ["".join(map(lm.token, row)) for row in rows], "token": ["".join(map(lm.show, row)) for row in rows],
         "loss": loss.tolist(), "accuracy_loss": scores.accuracy.tolist(), "kl": scores.kl.tolist(),
         "stop": scores.stop.tolist(), "accuracy_loss_heldout": nan,
-        "auroc_train": auroc(z[:, ~out], activation[~out]), "auroc_heldout": nan})
-    if out.any():
+        "auroc_train": nan if batch else auroc(z[:, ~out], activation[~out]), "auroc_heldout": nan})
+    if out.any() and not batch:
         heldout = balanced_bce(z[:, out], activation[out], settings.positive_weight, discriminator.needs_scale)
         table["accuracy_loss_heldout"], table["auroc_heldout"] = heldout.tolist(), auroc(z[:, out], activation[out])
     order = table.sort_values("loss", kind="stable").index

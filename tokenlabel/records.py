@@ -8,11 +8,10 @@ __all__ = ['OPENERS', 'OTHERS', 'MARKS', 'ENCODINGS', 'DECODER', 'SPACE', 'WORDS
            'read_records']
 
 # %% ../nbs/37_records.ipynb #7c6407dd
-import bz2, codecs, gzip, io, json, lzma, unicodedata, zlib
+import bz2, codecs, csv, gzip, io, json, lzma, unicodedata, zlib
 from itertools import pairwise
 from pathlib import Path
 
-import pandas as pd
 import regex
 
 from .words import excerpt, located, printable
@@ -142,18 +141,21 @@ def table_rows(text: str) -> list[tuple[str, dict[str, str]]]:  # place, cells b
     separator = next((mark for mark in "\t;," if mark in first), None)
     if not separator:
         raise ValueError(f"neither JSON nor a table, the first line is {excerpt(first)}; give JSON lines, or {COLUMNS}")
-    options = dict(header=None, dtype=str, keep_default_na=False, skipinitialspace=True)  # NA and null are words
-    try: table = pd.read_csv(io.StringIO(text), sep=separator, **options)
-    except ValueError as error: raise ValueError(f"not a table ({printable(str(error).strip())[:90]}); give {COLUMNS}") from None
-    rows = [(f"row {n}", cells) for n, cells in enumerate(table.values.tolist(), 1)]
-    names = [name.strip().lower() for name in rows[0][1]]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try: table = [row for row in lines if separator.join(row).strip(SPACE)]
+    except csv.Error as error: raise ValueError(f"not a table ({error} in line {lines.line_num}); give {COLUMNS}") from None
+    width = len(table[0])
+    if wide := next((n for n, row in enumerate(table, 1) if len(row) > width), None):
+        raise ValueError(f"not a table ({width} columns, and {len(table[wide - 1])} cells in row {wide}); give {COLUMNS}")
+    rows = [(f"row {n}", row + [""] * (width - len(row))) for n, row in enumerate(table, 1)]
+    names = [name.strip().lower() for name in table[0]]
     if len(names) == 2 and all(NUMBER.fullmatch(cells[1].strip()) for _, cells in rows): names = ["word", "activation"]
     else: rows = rows[1:]
     names = ["activation" if name == "active" else name for name in names]
     if twice := {name for name in names if names.count(name) > 1} & (WORDS | TEXTS):
         raise ValueError(f"the column {min(twice)} is there twice")
     if (WORDS <= set(names)) == (TEXTS <= set(names)):
-        raise ValueError(f"a table with columns {excerpt(table.iloc[0].tolist())}; give {COLUMNS}")
+        raise ValueError(f"a table with columns {excerpt(table[0])}; give {COLUMNS}")
     return [(place, dict(zip(names, cells))) for place, cells in rows]
 
 # %% ../nbs/37_records.ipynb #a1b3e1a9

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 
 from .feature import Feature
 from .files import check_seal, sealed_folder, write_file
-from .plot import plot_result, save_figure
 from .prompts import Question, plain_prompts, prompts_from
 from .settings import Settings
 
@@ -31,34 +29,74 @@ NO_WORDS = pd.DataFrame(columns=["text", "start", "end", "word", "type", "activa
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelResult:
-    "The result of `label_feature`."
-    label: str  # exact text, with its leading space
+    """The result of `label_feature`. A notebook displays it; `plot`, `save` and `LabelResult.load` are its methods.
+
+    All losses are in nats. Scores are on held-out data. A table is empty if its data are not there.
+
+    label: the exact text of the best label, with its leading space
+    feature: the `Feature` that was labelled
+    ranking: the shortlist on all data, best first. The label is row 0, unless the feature fires on one token
+        token_id: the token; a tuple if a label has several
+        label, token: the exact text; the same for display, as in `·cat`
+        loss: accuracy_weight * accuracy_loss + kl_weight * kl + stop_weight * stop
+        accuracy_loss: how badly the label predicts where the feature fires in training, with a fitted bias;
+            in a search by word type, the mean of the loss on types and the loss on texts
+        kl: negative log-probability of the label under the prior of the language model
+        stop: negative log-probability that the label ends after its last token
+        accuracy_loss_heldout: as accuracy_loss, on held-out examples; NaN if nothing is held out
+        auroc_train, auroc_heldout: area under the ROC curve, from 0 to 1; 0.5 is chance
+        step: in which step the candidate appeared first; -1 if not in the descent but as a proposal;
+            one more than the last step if only as the most probable token at the end
+        restart: in which restart; -1 as for step
+    heldout: held-out scores with 95 % intervals
+        label: "discrete" is the label, "soft" the descent's mixture of tokens, "chance" a random scorer
+        metric: "auroc", "balanced_accuracy", "f1", "accuracy_active" or "accuracy_inactive"
+        value, low, high: the score, and the ends of its interval
+    trace: a row for each step and restart, as before the step
+        step, restart: from 0 on
+        temperature, entropy_weight: the settings at this step
+        loss, accuracy_loss, entropy, kl: of the soft label on the examples of this step
+        accuracy_active, accuracy_inactive: share of the examples of a class that are predicted right
+        discrete_accuracy_loss: of the most probable label alone, every fifth step and near the end; NaN elsewhere
+        tokens, probabilities: lists of the most probable labels and their probabilities, largest first
+    soft: where the best restart ends: label (its most probable tokens), probability, restart; loss, accuracy_loss, entropy
+        and kl on all training examples; loss_gap, what a discrete label costs: its loss without stop, minus loss
+    settings, prompts: the settings; the prompts in use, which are the defaults if the settings have none
+    lm, dtype, threads: name and data type of the language model, and threads of PyTorch
+    interrupted: whether the user ended the work early. Parts that were not reached are empty then
+    seconds: wall-clock time
+    words: the words of running texts, one row each; empty for isolated words, and for held-out word types
+        text: number of the text in `feature.texts`; start, end: characters; word, type: as it is there, and casefolded
+        activation: from 0 to 1; heldout: whether the text is held out; gain: nats that the label makes the word likelier
+    scores: scores of the label on held-out texts: score ("detection", "fuzzing" or "simulation"), metric, value, low, high
+    verdict, evidence: "labelled", "a token" or "no label", and the numbers that decide; "" for isolated words
+    """
+    label: str
     feature: Feature
-    ranking: pd.DataFrame  # from `rank_labels`, best first; with step and restart of the first occurrence, -1 if none
-    heldout: pd.DataFrame  # label ("discrete", "soft", "chance"), metric, value, low, high; empty if nothing is held out
-    trace: pd.DataFrame  # one row per step and restart, from `Search.step`
-    soft: dict  # where the best restart ends: label (its argmax), probability, restart, loss, accuracy_loss, entropy, kl;
-    # loss_gap: discrete loss without stop - loss
+    ranking: pd.DataFrame
+    heldout: pd.DataFrame
+    trace: pd.DataFrame
+    soft: dict
     settings: Settings
-    lm: str  # name of the language model
-    dtype: str  # data type of the model, such as "float32"
-    threads: int  # CPU threads of PyTorch; another number changes rounding errors
-    prompts: tuple[str, ...] | Question  # those of the settings, or the defaults
-    interrupted: bool  # whether the user ended the search early
-    seconds: float  # wall-clock time
-    words: pd.DataFrame = field(default_factory=NO_WORDS.copy)  # of running texts with held-out texts, from `word_table`
-    # with heldout and gain; otherwise empty, as the fields below
-    scores: pd.DataFrame = field(default_factory=NO_SCORES.copy)  # on held-out texts, from `score_gains`
-    verdict: str = ""  # "labelled", "a token" or "no label"
-    evidence: str = ""  # the numbers that decide
+    lm: str
+    dtype: str
+    threads: int  # another number changes rounding errors
+    prompts: tuple[str, ...] | Question
+    interrupted: bool
+    seconds: float
+    words: pd.DataFrame = field(default_factory=NO_WORDS.copy)
+    scores: pd.DataFrame = field(default_factory=NO_SCORES.copy)
+    verdict: str = ""
+    evidence: str = ""
 
 # %% ../nbs/15_result.ipynb #bd018279
 @patch
 def headline(self: LabelResult) -> str:
     "The label and how it was found, in one line."
-    restarts, steps = self.trace.restart.nunique(), self.trace.step.nunique()
+    found = [(self.trace[name].nunique(), name) for name in ("restart", "step")]
+    counts = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in found)
     return (f"{self.feature.name}: {self.label!r}{' (interrupted)' if self.interrupted else ''}  "
-            f"{restarts} restarts, {steps} steps, {self.seconds:.0f} s; the descent alone ends at {self.soft['label']!r} "
+            f"{counts}, {self.seconds:.0f} s; the descent alone ends at {self.soft['label']!r} "
             f"(probability {self.soft['probability']:.2f}); "
             f"accuracy loss {self.ranking.accuracy_loss[0]:.3f}, as a soft label {self.soft['accuracy_loss']:.3f}")
 
@@ -89,8 +127,9 @@ def __repr__(self: LabelResult) -> str:
 
 # %% ../nbs/15_result.ipynb #e8173b95
 @patch
-def plot(self: LabelResult) -> Figure:
+def plot(self: LabelResult) -> "matplotlib.figure.Figure":
     "Losses, top tokens, accuracy loss against KL, accuracy per class and held-out scores."
+    from tokenlabel.plot import plot_result  # matplotlib takes a second to import, and a label needs no picture
     return plot_result(self.trace, self.ranking, None if self.heldout.empty else self.heldout,
                        f"{self.feature.name}: {self.ranking.token[0]}")
 
@@ -111,7 +150,7 @@ TABLES = ("ranking", "heldout", "trace", "words", "scores")
 @patch
 def save(
     self: LabelResult, folder: str | Path,
-    figure: bool = False,  # also write figure.png and figure.pdf
+    figure: bool = False,  # also write figure.png, figure.pdf and each table as CSV, which `load` does not read
 ) -> Path:  # the absolute path
     """Write the result into `folder`, completely or not at all. An older result in this folder is replaced.
 
@@ -123,8 +162,20 @@ def save(
         for name in TABLES: getattr(self, name).to_parquet(new / f"{name}.parquet")
         self.feature.to_jsonl(new / "feature.jsonl")
         write_file(new / "result.json", json.dumps(rest, ensure_ascii=False, indent=1))
-        if figure: save_figure(self.plot(), new / "figure", pdf=True)
+        if figure: _write_readable(self, new)
     return Path(folder).resolve()
+
+
+def _write_readable(result: LabelResult, folder: Path) -> None:
+    from tokenlabel.plot import save_figure
+    save_figure(result.plot(), folder / "figure", pdf=True)
+    for name in TABLES:
+        if len(table := getattr(result, name)): write_file(folder / f"{name}.csv", _plain_lists(table).to_csv(index=False))
+
+
+def _plain_lists(table: pd.DataFrame) -> pd.DataFrame:
+    "Lists in cells as JSON, which other programs can read."
+    return table.map(lambda cell: json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | tuple) else cell)
 
 # %% ../nbs/15_result.ipynb #b799492b
 @patch(cls_method=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import scipy  # finds its parts when they are used: `scipy.stats` takes a second to import
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 # %% ../nbs/06_score.ipynb #c35abd4d
 def _checked(
@@ -48,7 +48,7 @@ def auroc(
     "Area under the ROC curve. Raises ValueError where a class has no examples or `z` is not finite."
     active, z, _ = _checked(activation, z)
     n, rest = active.sum(), (~active).sum()
-    ordered_pairs = rankdata(z, axis=-1)[..., active].sum(-1) - n * (n + 1) / 2
+    ordered_pairs = scipy.stats.rankdata(z, axis=-1)[..., active].sum(-1) - n * (n + 1) / 2
     return ordered_pairs / (n * rest) if np.ndim(ordered_pairs) else float(ordered_pairs / (n * rest))
 
 # %% ../nbs/06_score.ipynb #8d5f7f32

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .checkpoint import POINTER, is_pointer, loading_fault, quiet, short, weights_fault
-from .files import check_seal, file_hash, new_folder, seal
+from .files import check_seal, file_hash, model_path, new_folder, seal
 
 # %% ../nbs/33_store.ipynb #08a9c9dd
 def cache_dir() -> Path:
@@ -178,15 +178,5 @@ def locate(
 ) -> tuple[str, str]:
     "Name of a model, and its location for `from_pretrained`. Raises FileNotFoundError for a path that does not exist."
     if source is None: return DEFAULT["name"], str(default_folder())
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file(): raise FileNotFoundError(f"no file {path}")
-        return path.stem, str(converted_folder(path))
-    if path.is_dir():
-        if (path / "adapter_config.json").exists(): raise ValueError(
-            f"{path} has an adapter (adapter_config.json); merge it into its model (merge_and_unload) and save the result")
-        if not (path / "config.json").is_file(): raise ValueError(f"{path} is no model folder: it has no config.json")
-        return path.resolve().name, str(path)
-    if isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {path}")
-    return source, source
+    if (path := model_path(source)) is None: return source, source
+    return (path.resolve().name, str(path)) if path.is_dir() else (path.stem, str(converted_folder(path)))
