@@ -47,11 +47,22 @@ def interrupted(monkeypatch):
 
 def test_label_prints_the_label_and_the_table_and_saves(feature_file, tiny, stored, tmp_path, capsys):
     out = tmp_path / "out"
-    for _ in range(2): assert main(["label", str(feature_file), *tiny, *QUICK, "--out", str(out), "--kl", ".1"]) == 0
+    for _ in range(2): assert main(["label", str(feature_file), *tiny, *QUICK, "--out", str(out), "--kl-weight", ".1"]) == 0
     result = LabelResult.load(out)
-    assert capsys.readouterr().out.endswith(f"{result}\n\nsaved in {out}\n") and repr(result.label) in str(result)
+    assert capsys.readouterr().out.endswith(f"{result}\n\nsaved in {out}: figure.png, ranking.csv and other tables\n")
+    assert repr(result.label) in str(result)
     assert result.settings == Settings(prompts=["Examples of {label}:"], steps=3, candidates=2, heldout=0, kl_weight=.1)
-    assert {path.name for path in out.iterdir()} > {"result.json", "figure.png", "figure.pdf"}
+    assert {path.name for path in out.iterdir()} > {"result.json", "figure.png", "figure.pdf", "ranking.csv", "trace.csv"}
+    assert pd.read_csv(out / "ranking.csv").label.tolist() == result.ranking.label.tolist()
+    assert json.loads(pd.read_csv(out / "trace.csv").tokens[0]) == result.trace.tokens[0]
+
+
+def test_json_is_one_line_for_a_pipe(feature_file, tiny, tmp_path, capfd):
+    feature_file.write_text("word\tactivation\nsaw\t1\ndrill\t1\nhammer\t0.9\ncat\t0\nsong\t0\n")  # TSV is read, too
+    assert main(["label", str(feature_file), *tiny, *QUICK, "--restarts", "1", "--out", str(tmp_path / "out"), "--json"]) == 0
+    row, result = json.loads(capfd.readouterr().out), LabelResult.load(tmp_path / "out")
+    assert row["label"] == result.label and row["folder"] == str(tmp_path / "out") and row["name"] == "tools"
+    assert row["loss"] == result.ranking.loss[0] and not row["interrupted"] and "1 restart, 3 steps" in str(result)
 
 
 def test_a_file_of_latents_becomes_a_folder_with_a_page_and_files_for_other_programs(tiny, tmp_path, capsys):
@@ -68,6 +79,10 @@ def test_a_file_of_latents_becomes_a_folder_with_a_page_and_files_for_other_prog
     table = pd.read_csv(tmp_path / "out" / "labels.csv")
     assert table["index"].tolist() == [7, 30] and (table.verdict == "a token").all() and (table.label.str.strip() == "cat").all()
     assert json.loads((tmp_path / "out" / "explanations" / "6-res_latent7.txt").read_text()) == "cat"
+    assert main([*command, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["name"], row["verdict"]) for row in rows] == [("gpt2-small/6-res/7", "a token"), ("gpt2-small/6-res/30", "a token")]
+    assert all(LabelResult.load(row["folder"]).label == row["label"] for row in rows)
     assert "cats &amp; &lt;dogs&gt;" in (tmp_path / "out" / "page.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
     assert main(command) == 0 and len(before) == 2 and all(path.stat().st_mtime_ns == at for path, at in before.items())
@@ -87,6 +102,13 @@ def test_an_interrupted_search_is_printed_and_saved(feature_file, tiny, tmp_path
     interrupted(2)
     assert main(["label", str(feature_file), *tiny, *QUICK, "--out", str(tmp_path / "out")]) == 130
     assert "(interrupted)" in capsys.readouterr().out and LabelResult.load(tmp_path / "out").interrupted
+
+
+def test_ctrl_c_while_the_figure_is_drawn_loses_the_figure_only(feature_file, tiny, tmp_path, monkeypatch):
+    def plot(self): raise KeyboardInterrupt
+    monkeypatch.setattr(LabelResult, "plot", plot)
+    assert main(["label", str(feature_file), *tiny, *QUICK, "--out", str(tmp_path / "out")]) == 130
+    assert LabelResult.load(tmp_path / "out").label and not (tmp_path / "out" / "figure.png").exists()
 
 
 def test_ctrl_c_before_there_is_a_result(feature_file, tiny, tmp_path, monkeypatch, capsys, interrupted):
@@ -122,6 +144,48 @@ def test_a_bad_feature_file_is_one_line_on_stderr(content, tmp_path, monkeypatch
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("tokenlabel: error: ") and err.count("\n") == 1 and "tools.jsonl" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_needs_no_torch_is_said_without_it(feature_file, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "config.json").write_text("{}")
+    (tmp_path / "bad.csv").write_text("word,activation\nsaw,high\n")
+    cases = [("none.jsonl", "there is no file or folder none.jsonl"), ("bad.csv", "bad.csv: row 2: activation 'high' is not a number"),
+             ("tools.jsonl --lm bad", "bad is no model folder: it has no config.json"),
+             ("tools.jsonl --lm sae", "sae is no model folder: there is no file named model.safetensors"),
+             ("tools.jsonl --lm none.gguf", "no file none.gguf"), ("tools.jsonl --lm ./none", "no folder none"),
+             ("tools.jsonl --lm bad.csv", "bad.csv is a file; give the folder of a model, or a .gguf file"),
+             ("tools.jsonl --lm some/body", "cannot load some/body from the model hub (there is no folder or file of this name)"),
+             ("tools.jsonl --tokenizer some/body", "cannot load some/body from the model hub"),
+             ("tools.jsonl --steps few", "steps='few' is not a whole number from 1 on")]
+    code = ("import sys; from tokenlabel.cli import main\n"
+            f"for line in {[line for line, _ in cases]}: assert main(['label', *line.split()]) == 2\n"
+            "print({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": ":".join(sys.path)})
+    assert done.stdout == "set()\n", done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == len(cases)
+    for line, (_, message) in zip(said, cases): assert message in line and "Errno" not in line and line.startswith("tokenlabel: error: ")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("label x.jsonl --stepss 3", "did you mean --steps?"), ("label x.jsonl --step 3", "did you mean --steps?"),
+    ("label x.jsonl --step=3", "did you mean --steps?"), ("reproduce --seed 3", "did you mean --seeds?"),
+    ("fetch now", "unknown argument: now")])
+def test_an_unknown_option_shows_the_usage_of_its_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as done: main(arguments.split())
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and message in err and err.startswith(f"usage: tokenlabel {arguments.split()[0]} [-h]")
+
+
+def test_options_are_in_groups(capsys):
+    with pytest.raises(SystemExit): main(["label", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(text) for text in ("options:\n", "  --lm ", "the descent:\n", "  --steps ", "the loss:\n", "  --kl-weight ",
+                                             "the ranking:\n", "  --proposals ", "  --seed ")]
+    assert places == sorted(places)
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -187,7 +251,7 @@ def test_a_feature_is_labeled_on_the_default_model(lm, feature_file, tmp_path): 
     command = [COMMAND, "label", feature_file, "--steps", "3", "--restarts", "1", "--out", tmp_path / "out"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = LabelResult.load(tmp_path / "out")
-    assert printed == f"{result}\n\nsaved in {tmp_path / 'out'}\n" and repr(result.label) in printed
+    assert printed.startswith(f"{result}\n\nsaved in {tmp_path / 'out'}") and repr(result.label) in printed
     assert result.trace.step.max() == 2 and not result.interrupted
 
 

@@ -2,12 +2,15 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 
 import tokenlabel.files as module
-from tokenlabel.files import (check_replaceable, check_saved, check_seal, check_writable, new_folder, read_json,
+from tokenlabel.files import (check_hub, check_replaceable, check_saved, check_seal, check_writable, new_folder, read_json,
                               sealed_folder, work_folder, write_file, write_json)
 
 
@@ -134,3 +137,48 @@ def test_a_json_file_altered_anywhere_is_refused_or_unchanged(tmp_path):
             (tmp_path / "v.json").write_bytes(changed)
             try: assert read_json(tmp_path / "v.json", "verdict") == value
             except ValueError as error: assert "v.json" in str(error)
+
+
+# --- the model hub ----------------------------------------------------------------------------------------------------
+
+
+def answers(monkeypatch, answer):
+    def model_info(name, timeout):
+        if isinstance(answer, Exception): raise answer
+        if answer: answer.wait()
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+
+
+def failure(kind):
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    return kind("401 Client Error", response=response)
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    ended = threading.Event()
+    answers(monkeypatch, ended)
+    with pytest.raises(ConnectionError, match="cannot load some/body from the model hub .* no answer within 0.01 s"):
+        check_hub("some/body", seconds=0.01)
+    ended.set()
+
+
+@pytest.mark.parametrize("answer, message", [
+    (failure(huggingface_hub.errors.RepositoryNotFoundError), "the hub has no such model, or the model is private"),
+    (httpx.ConnectError("[Errno -2] Name or service\nnot known"), r"the hub cannot be reached \(Name or service not known\)")])
+def test_what_is_wrong_with_a_hub_is_one_line(answer, message, monkeypatch):
+    answers(monkeypatch, answer)
+    with pytest.raises((OSError, ValueError), match=message) as error: check_hub("some/body")
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_answers_with_another_error_is_left_to_the_loader(monkeypatch):
+    answers(monkeypatch, failure(huggingface_hub.errors.HfHubHTTPError))
+    assert check_hub("some/body") is None
+
+
+def test_a_cached_model_needs_no_hub(monkeypatch, tmp_path):
+    answers(monkeypatch, AssertionError("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    write_file(tmp_path / "models--some--body" / "refs" / "main", "0" * 40)
+    write_file(tmp_path / "models--some--body" / "snapshots" / ("0" * 40) / "config.json", "{}")
+    check_hub("some/body")

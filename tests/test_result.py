@@ -101,7 +101,8 @@ def test_a_result_comes_back_as_it_was_saved(result, tmp_path):
 
 def test_saving_again_replaces_the_old_result(tmp_path):
     ONE.save(tmp_path / "result", figure=True)
-    assert {"figure.png", "figure.pdf"} <= files(tmp_path / "result").keys()
+    assert {"figure.png", "figure.pdf", "ranking.csv", "heldout.csv", "trace.csv"} <= files(tmp_path / "result").keys()
+    same_result(LabelResult.load(tmp_path / "result"), ONE)
     OTHER.save(tmp_path / "result")
     same_result(LabelResult.load(tmp_path / "result"), OTHER)
     assert [p.name for p in tmp_path.iterdir()] == ["result"] and not (tmp_path / "result" / "figure.png").exists()

@@ -42,3 +42,26 @@ def __getattr__(name):
 
 def __dir__():
     return ["__version__", *_home]
+
+__doc__ = """Label a neural network's feature by gradient descent in token space, with a frozen language model as discriminator.
+
+    import tokenlabel as tl
+    lm = tl.load_lm()
+    result = tl.label_feature(tl.Feature.from_words("fruit", ["apple", "fig"], ["chair", "river"]), lm, heldout=0)
+
+data        Feature            words or texts with the activations of a feature
+            read_features      features from files: JSON lines, CSV, Neuronpedia, delphi, SAEDashboard and others
+            synthetic          features to try: synthetic.animals() and others
+a label     label_feature      find the label of one feature
+            Settings           all settings of a search, with their defaults
+            LabelResult        what is found: a ranking, held-out scores, a figure; save and load
+            label_features, label_file, label_folder    the same for many features
+is it right oracle             the best of all tokens, by exhaustive search
+            score_explanation  detection, fuzzing and simulation of any explanation on texts
+            check_evaluator    whether a language model can tell labels apart
+the model   load_lm, LM        a frozen causal language model: the default one, or any of transformers
+to explore  explore            sliders for the weights of the loss, in a notebook
+            workshop           the checks of the lessons' exercises
+
+Each name has its own help, as tl.label_feature? in a notebook and help(tl.label_feature) elsewhere. On the command line:
+tokenlabel --help."""

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -197,9 +198,13 @@ def check_hub(
     name: str,
     seconds: float = 3.0,  # to wait for an answer
 ) -> None:
-    "Raise ConnectionError for a model that is not in the hub's local cache, if the hub does not answer, and ValueError if it has none of this name."
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str): return
-    found = []
+    """Check that a model is in the local cache of the hub, or that the hub has it.
+
+    Raises ConnectionError if the hub does not answer, and ValueError for a name that it does not have."""
+    where, found = f"cannot load {name} from the model hub (there is no folder or file of this name)", []
+    try: cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except huggingface_hub.errors.HFValidationError: raise ValueError(f"{where}: its names are like somebody/model") from None
+    if isinstance(cached, str): return
 
     def ask():
         try: huggingface_hub.model_info(name, timeout=seconds)
@@ -209,9 +214,9 @@ def check_hub(
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    where = f"cannot load {name} from the model hub (there is no folder or file of this name)"
     if not found: raise ConnectionError(f"{where}: no answer within {seconds:g} s")
     if isinstance(found[0], huggingface_hub.errors.RepositoryNotFoundError):
         raise ValueError(f"{where}: the hub has no such model, or the model is private")
     if found[0] and not isinstance(found[0], huggingface_hub.errors.HfHubHTTPError):  # which is an answer
-        raise ConnectionError(f"{where}: {' '.join(str(found[0]).split())[:200]}")
+        why = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(found[0]).split()))
+        raise ConnectionError(f"{where}: the hub cannot be reached ({why[:200]})")

@@ -100,6 +100,8 @@ class Settings:
 
 # %% ../nbs/08_settings.ipynb #ea43b552
 FIELDS = {name: text for name, text in docments(Settings).items() if name != "return"}  # help text of each field
+_defaults = {name: "" if (value := getattr(Settings, name)) is None else f" (default: {value!r})" for name in FIELDS}
+Settings.__doc__ += "\n\n" + "\n".join(f"{name}: {text}{_defaults[name]}" for name, text in FIELDS.items())  # what help shows
 
 # %% ../nbs/08_settings.ipynb #1fdbdd27
 def make_settings(
