@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import tokenlabel.label as module
 from tokenlabel.candidates import NoLabel
 from tokenlabel.feature import Feature
+from tokenlabel.forward import progress_line
 from tokenlabel.label import begin, conclude, label_feature, label_length, score_soft
 from tokenlabel.label import run as take_steps
 from tokenlabel.lm import load_lm
@@ -347,6 +348,8 @@ def test_the_work_before_and_after_the_steps_is_shown(capsys):
     assert places == sorted(places)
     run(steps=2, progress=stop_after(1))
     assert capsys.readouterr() == ("", "")
+    with progress_line("some work") as line: begin(WORDS, make_tiny_lm("llama"))
+    assert line.n > 3 and "some work: forward pass 0, 00:00" in capsys.readouterr().err
 
 
 def test_the_help_names_every_parameter_and_every_column(result):

@@ -39,12 +39,14 @@ def _label(options) -> int:
     first = list(islice(features, 2))
     if len(first) == 1: check_saved(out, "result")  # before the search, not after
     if options.lm and not model_path(options.lm): check_hub(options.lm)
+    print("tokenlabel: loading the language model", file=sys.stderr)  # and PyTorch, which takes seconds
     if len(first) > 1: return _label_many(chain(first, features), out, options, settings)
     from tokenlabel.label import label_feature
     from tokenlabel.lm import load_lm
     result = label_feature(first[0], load_lm(options.lm, dtype="fastest"), settings)
     if options.json: _print_json(result, out)
     else: print(result, flush=True)
+    print("tokenlabel: drawing the figure", file=sys.stderr)
     try: result.save(out, figure=True)
     except KeyboardInterrupt:  # while it was drawn
         result.save(out)

@@ -43,9 +43,9 @@ _line = ContextVar("line", default=None)  # of the work under way
 @contextmanager
 def progress_line(work: str, shown: bool = True):
     "A line that names the work in a block and counts its forward passes. The line is gone after the block."
-    with tqdm(desc=work, unit=" passes", disable=not shown, leave=False) as line:
+    with tqdm(desc=work, bar_format="{desc}: forward pass {n_fmt}, {elapsed}", disable=not shown, leave=False) as line:
         before = _line.set(line)
-        try: yield
+        try: yield line
         finally: _line.reset(before)
 
 
