@@ -96,6 +96,13 @@ def test_annealing_ends_and_keeps_a_value_beyond_its_end():
     assert annealed(beyond) == beyond
 
 
+def test_annealing_ends_where_the_exploration_says(tiny):
+    exploration = Exploration(small(), tiny, live_settings(restarts=1))
+    exploration.end = Settings(entropy_weight=0.4, steps=3)
+    for _ in range(5): exploration.step()
+    assert [row["entropy_weight"] for row in exploration.trace] == pytest.approx([0, 0.2, 0.4, 0.4, 0.4])
+
+
 def test_every_setting_acts_on_the_next_step(exploration):
     exploration.step()
     exploration.change(accuracy_weight=2.0, entropy_weight=0.3, kl_weight=0.1, temperature=0.2, lr=0.05)
@@ -193,3 +200,10 @@ def test_texts_are_shown_in_full_and_what_is_active_is_underlined(tiny):
     plain = re.sub("<[^>]*>", "", html)
     assert all(text in plain for text in sentences().texts)
     assert "".join(re.findall("<u>(.*?)</u>", html)).split() == ["cat", "dog", "horse"]
+
+
+def test_before_the_first_step_the_data_have_no_predictions(tiny):
+    for make in small, sentences:
+        html = data_html(still(tiny, make()).discriminator.tokens)
+        assert "probability" not in html and "orange" not in html and "tl-wrong" not in html
+        assert all(word in html for word in ("cat", "dog", "horse", "car", "red"))
