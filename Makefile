@@ -46,7 +46,6 @@ fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs o
 	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py
 
 workshop: $(STAMP) ## serve the explorer at the printed address, with its token   (PORT=n; for others, too: BIND=address PUBLIC=1)
-	$(BIN)/tokenlabel fetch
 	$(BIN)/tokenlabel $(strip workshop $(SERVE))
 
 # The tests in a browser need Chromium, which pip cannot install. Without it they are skipped, and counted as that.

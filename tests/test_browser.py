@@ -1,7 +1,8 @@
 """The explorer and a lesson as people use them: in a real browser, as a web page and in JupyterLab.
 
-`make test` installs Chromium on Debian; without Chromium these tests are skipped. With SCREENSHOTS=figures they also take
-the pictures of the docs.
+`make test` installs Chromium on Debian; without Chromium these tests are skipped. A tiny model takes the place of the default
+one, because a visitor does the same with both. With SCREENSHOTS=figures it is the default model, and the tests also take the
+pictures of the docs.
 """
 import os
 import re
@@ -20,9 +21,13 @@ import psutil
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from tokenlabel import store
+from tokenlabel.files import seal
+
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
-VIEWPORT = dict(width=1280, height=860)
+VIEWPORT = dict(width=1280, height=800)
+SIZES = [(1280, 800), (800, 600), (390, 844)]
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LESSON = ROOT / "nbs" / "workshop" / "1_soft_labels.ipynb"
@@ -38,14 +43,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def cache(tiny_folder, tmp_path_factory):
+    "Where the servers find their language model."
+    if os.environ.get("SCREENSHOTS"): return {}
+    cache = tmp_path_factory.mktemp("cache")
+    seal(Path(shutil.copytree(tiny_folder, cache / store.DEFAULT["folder"])), "model")
+    return dict(TOKENLABEL_CACHE=str(cache))
+
+
 @contextmanager
-def serving(command, url, folder):
+def serving(command, url, folder, cache):
     "A server that answers at `url`, ended with all its processes."
     log = folder / "server.log"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
     settings = {name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=inherited | settings)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=inherited | settings | cache)
     try:
         for _ in range(1200):
             assert server.poll() is None, log.read_text()
@@ -63,7 +77,7 @@ def serving(command, url, folder):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, cache):
     "JupyterLab with a notebook that calls `explore` and with the first lesson."
     folder, port = tmp_path_factory.mktemp("lab"), free_port()
     cells = [nbformat.v4.new_code_cell("import tokenlabel as tl\nexplorer = tl.explore()\nexplorer"),
@@ -74,16 +88,16 @@ def lab(tmp_path_factory):
     shutil.copy(LESSON, folder)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.root_dir=" + str(folder)]
-    with serving(command, f"http://127.0.0.1:{port}", folder): yield f"http://127.0.0.1:{port}"
+    with serving(command, f"http://127.0.0.1:{port}", folder, cache): yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, cache):
     "The page of the workshop: its address, as it says it, and its process."
     folder, port = tmp_path_factory.mktemp("workshop"), free_port()
     command = [sys.executable, "-P", "-c", f"from pathlib import Path; from tokenlabel import page; "  # a page on a busy machine
                f"page.serve(Path({str(LESSON.with_name('explorer.ipynb'))!r}), port={port}, idle=30)"]  # connects late
-    with serving(command, f"http://127.0.0.1:{port}", folder) as (server, log):
+    with serving(command, f"http://127.0.0.1:{port}", folder, cache) as (server, log):
         [address] = re.findall(r"(?i)the explorer is at (\S+)", log.read_text())
         yield address, server
 
@@ -110,7 +124,7 @@ def opened(browser, address):
 def page(browser, workshop):
     "The web page, after the language model has read the data."
     page = opened(browser, workshop[0])
-    expect(page.locator(".tl-top")).to_be_visible()
+    expect(page.locator(".tl-word").first).to_be_visible()
     yield page
     page.close()
 
@@ -126,8 +140,14 @@ def keep(page, name, height):
 
 def button(page, name): return page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$"))
 def press(page, name): button(page, name).click()
-def picture(page): return page.locator("img.widget-image").get_attribute("src")
-def status(page): return page.get_by_text(re.compile("^(running|paused|finished)"))
+def picture(page): return page.locator("img.tl-losses").get_attribute("src")
+def inside(page, locator):
+    "Whether all of it is on the first screen."
+    box, size = locator.bounding_box(), page.viewport_size
+    return all(box[at] >= 0 and box[at] + box[along] <= size[along] for at, along in (("x", "width"), ("y", "height")))
+
+
+def status(page): return page.locator(".tl-status")
 def steps(page): return int(re.search(r"after step (\d+)", page.locator(".tl-step").inner_text())[1])
 
 
@@ -146,38 +166,81 @@ def readout(page, name):
     return page.locator(".widget-slider", has=page.get_by_text(name, exact=True)).locator(".widget-readout")
 
 
-def test_the_page_shows_no_code(page):
+def test_the_page_begins_with_the_data_a_question_and_one_button(page):
     assert "import tokenlabel" not in page.content() and "tl.explore" not in page.inner_text("body")
     expect(page.get_by_role("heading", name="Label a feature")).to_be_visible()
+    expect(page.locator(".tl-ask")).to_contain_text("Which word says where this feature fires?")
+    expect(page.locator(".tl-choices button:visible")).to_have_text([re.compile("Run")])
+    assert not page.locator(".tl-top, .tl-map, .tl-wrong, img:visible").count(), "nothing gives the answer away"
+    for width, height in SIZES:
+        page.set_viewport_size(dict(width=width, height=height))
+        assert inside(page, button(page, "Run")) and inside(page, page.locator(".tl-word").first)
+    page.set_viewport_size(VIEWPORT)
 
 
-def test_a_run_moves_label_picture_and_sliders(page):
+def test_sliders_have_a_name_and_say_their_value(page):
+    for name, value in {"accuracy weight": 1, "KL weight": 0.03, "temperature": 1, "learning rate": 0.5, "restarts": 2}.items():
+        handle = page.get_by_role("slider", name=name)
+        assert handle.get_attribute("aria-valuetext") == handle.get_attribute("aria-valuenow") == str(value)
+
+
+def test_a_run_moves_label_pictures_and_sliders(page):
+    button(page, "Run").focus()
+    page.keyboard.press("Enter")
+    at_step(page, 2)
+    expect(page.locator("img.tl-losses")).to_be_visible()
     first, label = picture(page), page.locator(".tl-top").inner_text()
-    press(page, "Run")
     expect(status(page)).to_contain_text("running")
+    assert page.evaluate("document.activeElement.innerText.trim()") == "Pause", "a person at the keyboard stays on the button"
     at_step(page, 12)
     expect(page.locator(".tl-top")).not_to_have_text(label)
-    expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
+    expect(page.locator("img.tl-losses")).not_to_have_attribute("src", first)
+    expect(page.locator("img.tl-losses")).to_have_attribute("alt", re.compile(r"Losses over \d+ steps"))
     assert float(readout(page, "temperature").inner_text()) < 0.8
     assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, not a hand"
-
-
-def test_the_map_has_a_point_that_climbs_with_the_entropy_weight(page):
-    def height(): return float(page.locator("circle.tl-here").get_attribute("cy"))
-    expect(page.locator(".tl-map rect:has(title)")).to_have_count(25)
-    before = height()
-    at_step(page, steps(page) + 6)
-    assert height() < before
     if os.environ.get("SCREENSHOTS"): at_step(page, 36)  # the label is a word by then
-    keep(page, "explorer", 900)
+    press(page, "Pause")
+    expect(status(page)).to_contain_text(re.compile("^(paused|finished)"))
+    expect(page.get_by_role("status")).to_contain_text(re.compile("(Paused|Finished) after step"))
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+def test_label_and_buttons_are_on_one_screen_and_nothing_scrolls_sideways(page, width, height):
+    page.set_viewport_size(dict(width=width, height=height))
+    for locator in (button(page, "Run"), button(page, "Reset"), page.locator(".tl-top"), status(page)):
+        assert inside(page, locator), locator
+    assert min(box["width"] for box in (image.bounding_box() for image in page.locator(".tl-pictures img").all())) > 330
+    wide = """() => [document.documentElement, ...document.querySelectorAll(".tl-explorer, .tl-explorer *")].filter(e =>
+        e.scrollWidth > e.clientWidth + 1 && (!e.parentElement || /auto|scroll/.test(getComputedStyle(e).overflowX)))
+        .map(e => e.className)"""
+    assert page.evaluate(wide) == []
+    page.set_viewport_size(VIEWPORT)
+
+
+def test_a_tile_of_the_map_moves_the_sliders_by_mouse_and_by_keyboard(page):
+    asked = page.get_by_role("button", name="Where do runs end?")
+    if not page.locator(".tl-map").count(): asked.click()  # it is there if the run has ended
+    tiles = page.locator(".tl-map rect:has(title)")
+    expect(tiles).to_have_count(25)
+    keep(page, "explorer", 1010)
+    tiles.nth(12).click()  # the middle
+    expect(readout(page, "entropy weight")).to_have_text("0.10")
+    expect(readout(page, "KL weight")).to_have_text("0.05")
+    tiles.nth(18).focus()
+    page.keyboard.press("Enter")
+    expect(readout(page, "entropy weight")).to_have_text("0.20")
+    expect(readout(page, "KL weight")).to_have_text("0.10")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == tiles.nth(18).get_attribute("aria-label")
+    assert page.get_by_role("checkbox").is_checked() and "kl_weight=0.1" in page.url
 
 
 def test_a_slider_moved_while_it_runs_acts_without_starting_over(page):
+    press(page, "Run")
     before = steps(page)
     slider(page, "KL weight").focus()
     for _ in range(5): page.keyboard.press("ArrowRight")
     value = float(readout(page, "KL weight").inner_text())
-    assert value > 0.03
+    assert value > 0.1
     expect(page.locator(".tl-loss")).to_contain_text(f"{value:.2f} × KL")
     assert steps(page) >= before and "running" in status(page).inner_text()
 
@@ -196,7 +259,6 @@ def test_a_hand_on_the_temperature_takes_over_from_annealing(page):
 def test_pause_stays_where_it_is_and_step_takes_one(page):
     press(page, "Pause")
     expect(status(page)).to_contain_text("paused")
-    page.wait_for_timeout(3000)  # the last picture may still be drawn
     at, shown = steps(page), picture(page)
     page.wait_for_timeout(1500)
     assert (steps(page), picture(page)) == (at, shown)
@@ -206,33 +268,57 @@ def test_pause_stays_where_it_is_and_step_takes_one(page):
     expect(status(page)).to_have_text(f"paused after step {at + 1}")
 
 
-def test_restart_begins_anew(page):
-    assert steps(page) > 1
+def test_restart_begins_anew_and_reset_as_the_page_was_at_first(page):
     press(page, "Restart")
     expect(status(page)).to_have_text("paused after step 1")
+    assert "seed=2" in page.url and "temperature" in page.url
+    press(page, "Reset")
+    expect(page.locator(".tl-ask")).to_be_visible()
+    for name, value in {"KL weight": "0.03", "temperature": "1.00", "entropy weight": "0.00"}.items():
+        expect(readout(page, name)).to_have_text(value)
+    page.wait_for_function("!location.search.includes('seed')")
+    assert re.search(r"\?token=[\w-]+$", page.url)
 
 
-def test_a_word_in_both_lists_is_an_error_that_can_be_mended(page):
+def test_run_takes_the_words_that_are_typed_and_says_what_is_wrong_with_them(page):
     page.get_by_role("combobox").first.select_option("my own words")
-    active, inactive = page.locator("textarea").first, page.locator("textarea").nth(1)
+    active, inactive = (page.get_by_role("textbox", name=name, exact=True) for name in ("fires on", "does not fire on"))
     active.fill("hammer saw drill")
     inactive.fill("sofa, saw, tree")
-    press(page, "Use these words")
+    press(page, "Run")
     expect(page.locator(".tl-error")).to_contain_text("saw")
+    assert page.locator(".tl-error").bounding_box()["y"] < page.get_by_role("combobox").nth(1).bounding_box()["y"]
     expect(page.locator(".tl-word")).to_have_count(0)
     inactive.fill("sofa, chair, tree")
-    press(page, "Use these words")
+    press(page, "Run")
     expect(page.locator(".tl-word")).to_have_text(["hammer", "saw", "drill", "sofa", "chair", "tree"])
     expect(page.locator(".tl-error")).to_have_count(0)
-    press(page, "Run")
     at_step(page, 4)
-    press(page, "Pause")
+    inactive.press_sequentially(" lamp")
+    expect(page.get_by_text("not read yet")).to_be_visible()
+    expect(button(page, "Run")).to_be_visible()
+    press(page, "Step")
+    expect(page.locator(".tl-word")).to_have_text(["hammer", "saw", "drill", "sofa", "chair", "tree lamp"])
+    expect(page.get_by_text("not read yet")).to_have_count(0)
+
+
+def test_another_discriminator_clears_the_page_and_a_link_brings_it_back(page):
+    page.get_by_role("combobox").nth(1).select_option("direct")
+    expect(page.locator(".tl-top")).to_have_count(0)
+    expect(page.locator(".tl-ask")).to_be_visible()
+    slider(page, "KL weight").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("location.search.includes('kl_weight=0.04')")
+    page.goto(page.url, wait_until="commit")
+    expect(page.locator(".tl-word")).to_have_text(["hammer", "saw", "drill", "sofa", "chair", "tree lamp"])
+    expect(readout(page, "KL weight")).to_have_text("0.04")
+    expect(page.get_by_role("combobox").nth(1)).to_have_value("direct")
 
 
 def test_a_page_that_is_left_takes_its_process_with_it(page, workshop):
-    [kernel] = [kernel for fork in psutil.Process(workshop[1].pid).children() for kernel in fork.children()]
+    kernels = [kernel for fork in psutil.Process(workshop[1].pid).children() for kernel in fork.children()]
     page.goto("about:blank")
-    kernel.wait(90)
+    assert not psutil.wait_procs(kernels, timeout=90)[1]
 
 
 def test_a_public_address_is_refused_unless_asked_for():
@@ -256,15 +342,19 @@ def test_jupyterlab_runs_the_explorer_and_closes_it(browser, lab):
     page = opened(browser, lab + "/lab/tree/explore.ipynb?reset")
     expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()  # else it would ask which kernel to start
     run_cell(page, 0)
-    expect(page.locator(".tl-top")).to_be_visible()
-    first, label = picture(page), page.locator(".tl-top").inner_text()
+    expect(page.locator(".tl-word").first).to_be_visible()
     press(page, "Run")
+    at_step(page, 2)
+    expect(page.locator("img.tl-losses")).to_be_visible()
+    first, label = picture(page), page.locator(".tl-top").inner_text()
+    expect(page.get_by_role("slider", name="KL weight")).to_be_visible()
     at_step(page, 8)
     slider(page, "KL weight").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".tl-loss")).to_contain_text("0.04 × KL")
     expect(page.locator(".tl-top")).not_to_have_text(label)
-    expect(page.locator("img.widget-image")).not_to_have_attribute("src", first)
+    expect(page.locator("img.tl-losses")).not_to_have_attribute("src", first)
+    assert "kl_weight" not in page.url, "the address of JupyterLab is its own"
     run_cell(page, 1)
     expect(page.get_by_text("threads: []")).to_be_visible()
     page.close()

@@ -259,7 +259,7 @@ def test_reset_takes_everything_back_and_reads_no_data_again(explorer):
     explorer.step()
     explorer.worker.wait()
     row = exploration.trace[-1]
-    assert len(exploration.trace) == 2 and row["temperature"] == 1 and row["entropy_weight"] == 0 and exploration.settings.lr == 0.5
+    assert (len(exploration.trace), row["temperature"], row["entropy_weight"], exploration.settings.lr) == (2, 1, 0, 0.5)
 
 
 def test_another_discriminator_keeps_the_sliders(explorer):
