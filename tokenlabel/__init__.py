@@ -5,7 +5,8 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['load_lm', 'LM', 'Feature', 'read_features', 'Settings', 'synthetic', 'label_feature', 'LabelResult',
-           'check_evaluator', 'oracle', 'label_features', 'label_file', 'label_folder', 'score_explanation', 'workshop']
+           'check_evaluator', 'oracle', 'label_features', 'label_file', 'label_folder', 'score_explanation', 'latents',
+           'workshop']
 
 # %% ../nbs/48_api.ipynb #81f5fcb2
 from importlib import import_module
@@ -27,11 +28,13 @@ _home = {
     "label_file": "many",
     "label_folder": "many",
     "score_explanation": "detect",
+    "latents": "live",
     "workshop": None,
 }
 # nbdev makes `__all__` of this list, and can only read a plain list.
 _all_ = ["load_lm", "LM", "Feature", "read_features", "Settings", "synthetic", "label_feature", "LabelResult", "check_evaluator",
-         "oracle", "label_features", "label_file", "label_folder", "score_explanation", "workshop"]
+         "oracle", "label_features", "label_file", "label_folder", "score_explanation", "latents",
+         "workshop"]
 
 # %% ../nbs/48_api.ipynb #9b0c7a72
 def __getattr__(name):
