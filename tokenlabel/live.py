@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'WEIGHTS', 'PACKAGED', 'WIDTH', 'TOP', 'DRAWN', 'SILENT', 'CONTEXT', 'ROWS', 'LARGEST', 'EVERY', 'HEAPS',
            'ARRAYS', 'Site', 'find_blocks', 'find_site', 'hooked', 'read_vectors', 'SAE', 'encode', 'reconstruct',
            'check_weights', 'read_sae', 'Heap', 'make_heap', 'push', 'Latents', 'open_sae', 'split_rows', 'empty',
-           'add_rows', 'width_of', 'save_state', 'load_state', 'identify', 'latents']
+           'add_rows', 'width_of', 'save_state', 'load_state', 'identify', 'latents', 'sample_texts']
 
 # %% ../nbs/28_live.ipynb #5c4b849b
 import hashlib, json, time
@@ -491,3 +491,8 @@ def latents(
     if not found.tokens: raise ValueError("the texts have no token behind the first of a row")
     if state and at > done: save_state(state, found, identity, at, digest.hexdigest(), number)
     return found
+
+# %% ../nbs/28_live.ipynb #39fc45db
+def sample_texts() -> list[str]:
+    "Texts that the default model wrote, for trying things out."
+    return json.loads((PACKAGED / "texts.json").read_text(encoding="utf-8"))
