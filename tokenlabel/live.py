@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'WEIGHTS', 'PACKAGED', 'WIDTH', 'TOP', 'DRAWN', 'SILENT', '
            'check_weights', 'read_sae', 'Heap', 'make_heap', 'push', 'Latents', 'open_sae', 'split_rows', 'empty',
            'add_rows', 'width_of', 'save_state', 'load_state', 'identify', 'latents', 'sample_texts']
 
-# %% ../nbs/28_live.ipynb #5c4b849b
+# %% ../nbs/28_live.ipynb #f5773bd8
 import hashlib, json, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .detect import deciles
 from .feature import Feature, check_lists
 from .files import canonical_hash, write_file
 from .lm import LM
@@ -324,7 +325,7 @@ class Latents:
 def __repr__(self: Latents) -> str:
     return f"Latents({self.sae!r}: {int((self.count > 0).sum()):,} of {len(self):,} fire in {self.tokens:,} tokens of {self.lm.name})"
 
-# %% ../nbs/28_live.ipynb #67f856a1
+# %% ../nbs/28_live.ipynb #2163cf40
 def _window(lm: LM, ids: Tensor, values: Tensor) -> Window:
     kept = ids >= 0
     return Window(lm.tokenizer.convert_ids_to_tokens(ids[kept].tolist()), values[kept].tolist())
@@ -335,10 +336,9 @@ def windows(self: Latents, number: int) -> dict[str | int, list[Window]]:
     i, found = self._place(number), {}
     order = self.top.key[i].argsort(descending=True)
     found["top"] = [_window(self.lm, self.top.ids[i, s], self.top.values[i, s]) for s in order if self.top.key[i, s] > 0]
-    places = (self.drawn.key[i] > 0).nonzero()[:, 0]
-    places = places[self.drawn.values[i, places].amax(1).argsort(descending=True)] if len(places) else places
-    for decile, part in enumerate(np.array_split(places.numpy(), 10), 1):
-        found[decile] = [_window(self.lm, self.drawn.ids[i, s], self.drawn.values[i, s]) for s in part]
+    most = pd.Series(self.drawn.values[i].amax(1).numpy()).sort_values(ascending=False)
+    found |= {decile: [] for decile in range(1, 11)}
+    for s, decile in deciles(most[most > 0]).items(): found[decile].append(_window(self.lm, self.drawn.ids[i, s], self.drawn.values[i, s]))
     quiet = ((self.silent_key >= 0) & ~self.fires[:, i]).nonzero()[:SILENT, 0]
     begin = max((self.silent_ids.shape[1] - WIDTH) // 2, 0)
     rows = [ids[ids >= 0] for ids in self.silent_ids[quiet]]
