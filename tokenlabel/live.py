@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PLACES', 'WEIGHTS', 'PACKAGED', 'WIDTH', 'TOP', 'DRAWN', 'SILENT', 'CONTEXT', 'ROWS', 'LARGEST', 'EVERY', 'HEAPS',
            'ARRAYS', 'Site', 'find_blocks', 'find_site', 'hooked', 'read_vectors', 'SAE', 'encode', 'reconstruct',
-           'check_weights', 'read_sae', 'Heap', 'make_heap', 'push', 'Latents', 'open_sae', 'split_rows', 'empty',
-           'add_rows', 'width_of', 'save_state', 'load_state', 'identify', 'latents', 'sample_texts']
+           'check_weights', 'read_sae', 'Heap', 'make_heap', 'push', 'Latents', 'open_sae', 'start_tokens',
+           'split_rows', 'empty', 'add_rows', 'width_of', 'save_state', 'load_state', 'identify', 'latents',
+           'sample_texts']
 
 # %% ../nbs/28_live.ipynb #f5773bd8
 import hashlib, json, time
@@ -354,7 +355,7 @@ def __getitem__(self: Latents, number: int) -> Feature:
     windows = [window for kind in self.windows(number).values() for window in kind]
     return feature_of(windows, float(self.top.key[i].max()), model=self.lm.name, layer=self.sae.hook, index=number)
 
-# %% ../nbs/28_live.ipynb #490fd5c6
+# %% ../nbs/28_live.ipynb #532906c4
 CONTEXT, ROWS, LARGEST = 128, 32, 2 ** 26  # tokens in a row; rows and activations in a pass, at most
 EVERY = 30  # seconds from one saved state to the next
 
@@ -368,6 +369,13 @@ def open_sae(lm: LM, sae: SAE | str | Path | int) -> tuple[SAE, Site]:
     if sae.weights and (d := len(sae.weights["W_enc"])) != site.width:
         raise ValueError(f"{sae.name}: the autoencoder reads vectors of width {d}; at {sae.hook}, {lm.name} has width {site.width}")
     return sae, site
+
+def start_tokens(lm: LM, sae: SAE) -> list[int]:
+    "What stands before each row. Raises ValueError if the autoencoder needs a start token that the tokenizer does not have."
+    if sae.start is None: return lm.encode_start("")
+    if sae.start and lm.tokenizer.bos_token_id is None:
+        raise ValueError(f"{sae.name} was trained with a start token, and the tokenizer of {lm.name} has none")
+    return [lm.tokenizer.bos_token_id] if sae.start else []
 
 def split_rows(lm: LM, text: str, context: int, begin: list[int]) -> list[list[int]]:
     "Ids of a text in rows, each after the start tokens in `begin`."
@@ -437,7 +445,7 @@ def identify(lm: LM, sae: SAE, numbers: list[int], context: int) -> str:
     rest = [getattr(sae, one.name) for one in fields(sae) if one.name not in ("weights", "name")]
     return canonical_hash([lm.fingerprint, digest.hexdigest(), rest, numbers, context, TOP, DRAWN, SILENT, WIDTH])
 
-# %% ../nbs/28_live.ipynb #6b777566
+# %% ../nbs/28_live.ipynb #37958725
 def latents(
     lm: LM,
     sae: SAE | str | Path | int,         # an autoencoder or its folder, "default" for the package's own, or a layer: its neurons
@@ -462,8 +470,7 @@ def latents(
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 2):
         raise ValueError(f"context {excerpt(context)}: expected at least 2 tokens")
     context = min(n for n in (context or min(sae.context or CONTEXT, CONTEXT), lm.context_length) if n)
-    begin = lm.encode_start("") if sae.start is None else [lm.tokenizer.bos_token_id] if sae.start else []
-    if None in begin: raise ValueError(f"{sae.name} was trained with a start token, and the tokenizer of {lm.name} has none")
+    begin = start_tokens(lm, sae)
     found, state = empty(lm, sae, numbers, context), Path(folder) / "latents.safetensors" if folder else None
     done, number, last, expected, identity = 0, 0, time.monotonic(), None, identify(lm, sae, numbers, context) if folder else ""
     if state and state.exists(): done, expected, number = load_state(state, found, identity)
