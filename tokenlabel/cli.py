@@ -135,13 +135,13 @@ def _workshop(options) -> int:
     if not (_is_loopback(options.host) or options.public):
         raise ValueError(f"other computers can reach {options.host}, and everybody there could use this one; "
                          "add --public (with make: PUBLIC=1) if that is what you want")
-    from tokenlabel.files import bundled
     if not find_spec("voila"): raise ValueError("the page needs voila: pip install 'tokenlabel[workshop]'")
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: free.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot serve on {options.host} port {options.port}: {error}") from None
+    from tokenlabel.files import bundled
     from tokenlabel.page import serve
     serve(bundled("nbs/workshop/explorer.ipynb"), options.host, options.port, public=not _is_loopback(options.host))
     return 0
