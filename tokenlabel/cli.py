@@ -23,6 +23,10 @@ def _value(text: str) -> Any:
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
+def _say(work: str) -> None:
+    "Tell a person what takes a while."
+    if sys.stderr.isatty(): print(f"tokenlabel: {work}", file=sys.stderr)
+
 def _label(options) -> int:
     from tokenlabel.settings import FIELDS, make_settings
     settings = make_settings(**{name: value for name, value in vars(options).items() if name in FIELDS})
@@ -39,14 +43,14 @@ def _label(options) -> int:
     first = list(islice(features, 2))
     if len(first) == 1: check_saved(out, "result")  # before the search, not after
     if options.lm and not model_path(options.lm): check_hub(options.lm)
-    print("tokenlabel: loading the language model", file=sys.stderr)  # and PyTorch, which takes seconds
+    _say("loading the language model")  # and PyTorch, which takes seconds
     if len(first) > 1: return _label_many(chain(first, features), out, options, settings)
     from tokenlabel.label import label_feature
     from tokenlabel.lm import load_lm
     result = label_feature(first[0], load_lm(options.lm, dtype="fastest"), settings)
     if options.json: _print_json(result, out)
     else: print(result, flush=True)
-    print("tokenlabel: drawing the figure", file=sys.stderr)
+    _say("drawing the figure")
     try: result.save(out, figure=True)
     except KeyboardInterrupt:  # while it was drawn
         result.save(out)
@@ -173,8 +177,8 @@ def _parser(settings: bool) -> argparse.ArgumentParser:  # settings: with the op
 
     option = command(_label, "label", "find the labels of the features in a file or folder")
     option("feature", type=Path, metavar="FEATURE", help='JSON lines such as {"word": "saw", "activation": 1.0} or {"text": '
-           '"A saw is sharp.", "spans": [[2, 5, 1.0]]}; a table, CSV or TSV, with the columns word and activation, or text, start, '
-           'end and activation; or a file or folder with features of Neuronpedia, delphi, SAEDashboard, OpenAI or circuit-tracer')
+           '"A saw is sharp.", "spans": [[2, 5, 1.0]]}; a table (CSV, TSV) with the columns word and activation, or text, '
+           'start, end and activation; or a file or folder with features of Neuronpedia, delphi, SAEDashboard, OpenAI or circuit-tracer')
     option("--lm", metavar="NAME_OR_PATH", help="language model: a hub name, a folder or a .gguf file "
            "(default: the one that comes with the package)")
     option("--out", type=Path, metavar="FOLDER", help="where to save the result (default: runs/FEATURE); of several features, a "

@@ -200,10 +200,10 @@ def check_hub(
 ) -> None:
     """Check that a model is in the local cache of the hub, or that the hub has it.
 
-    Raises ConnectionError if the hub does not answer, and ValueError for a name that it does not have."""
+    Raises ConnectionError if the hub does not answer, and FileNotFoundError for a name that it does not have."""
     where, found = f"cannot load {name} from the model hub (there is no folder or file of this name)", []
     try: cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except huggingface_hub.errors.HFValidationError: raise ValueError(f"{where}: its names are like somebody/model") from None
+    except huggingface_hub.errors.HFValidationError: raise FileNotFoundError(f"{where}: its names are like somebody/model") from None
     if isinstance(cached, str): return
 
     def ask():
@@ -216,7 +216,7 @@ def check_hub(
     thread.join(seconds)
     if not found: raise ConnectionError(f"{where}: no answer within {seconds:g} s")
     if isinstance(found[0], huggingface_hub.errors.RepositoryNotFoundError):
-        raise ValueError(f"{where}: the hub has no such model, or the model is private")
+        raise FileNotFoundError(f"{where}: the hub has no such model, or the model is private")
     if found[0] and not isinstance(found[0], huggingface_hub.errors.HfHubHTTPError):  # which is an answer
         why = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(found[0]).split()))
         raise ConnectionError(f"{where}: the hub cannot be reached ({why[:200]})")
