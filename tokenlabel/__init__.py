@@ -54,7 +54,7 @@ __doc__ = """Label a neural network's feature by gradient descent in token space
 
 data        Feature            words or texts with the activations of a feature
             read_features      features from files: JSON lines, CSV, Neuronpedia, delphi, SAEDashboard and others
-            latents            features of a model at hand: directions, neurons or latents of an autoencoder, on your texts
+            latents            features of a model at hand: latents of an autoencoder, or neurons of a layer
             synthetic          features to try: synthetic.animals() and others
 a label     label_feature      find the label of one feature
             Settings           all settings of a search, with their defaults
