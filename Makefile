@@ -25,7 +25,7 @@ SERVE := $(if $(BIND),--host $(BIND)) $(if $(PORT),--port $(PORT)) $(if $(PUBLIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce check test fuzz workshop export browser docs
+.PHONY: help reproduce check test fuzz workshop lessons export browser docs
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs o
 
 workshop: $(STAMP) ## serve the explorer at the printed address, with its token   (PORT=n; for others, too: BIND=address PUBLIC=1)
 	$(BIN)/tokenlabel $(strip workshop $(SERVE))
+
+lessons: $(STAMP) ## write a learner's copy of the lessons   (FOLDER=../lessons)
+	$(BIN)/tokenlabel lessons $(or $(FOLDER),../lessons)
 
 # The tests in a browser need Chromium, which pip cannot install. Without it they are skipped, and counted as that.
 browser:

@@ -61,7 +61,7 @@ def test_the_restart_with_the_lowest_loss_after_the_last_step_counts(discriminat
 def test_a_sweep_has_a_row_for_each_pair_and_the_same_for_the_same_seed(discriminator):
     sizes = dict(entropies=(0.0, 0.2), kls=(0.0, 0.1, 0.2), restarts=2, steps=3)
     found = sweep(discriminator, [a_word(discriminator.lm)], **sizes)
-    assert list(found.columns) == ["entropy_weight", "kl_weight", "phase", "token", "probability"] and len(found) == 6
+    assert list(found.columns) == ["entropy_weight", "kl_weight", "restart", "phase", "token", "probability"] and len(found) == 6
     assert found.phase.isin(PHASES).all() and found.probability.between(0, 1).all()
     assert sweep(discriminator, [a_word(discriminator.lm)], **sizes).equals(found)
 

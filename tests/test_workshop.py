@@ -9,7 +9,7 @@ import torch
 from nbclient import NotebookClient
 
 from tokenlabel import workshop
-from tokenlabel.workshop import Feedback, FunctionCheck, read_exercises, solve, write_solutions
+from tokenlabel.workshop import Feedback, FunctionCheck, draw_words, learner_copy, read_exercises, solve, write_lessons, write_solutions
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "workshop"
 LESSONS = sorted(FOLDER.glob("[1-9]_*.ipynb"))
@@ -79,13 +79,17 @@ def test_a_learner_cannot_spoil_the_case_for_the_right_answer():
     assert not check(spoils).right
 
 
+def test_a_name_that_is_missing_sends_the_learner_to_the_first_cell():
+    assert "first code cell" in CHECKS["check_entropy"](lambda p: numpy_that_nobody_imported(p)).message
+
+
 def test_a_table_is_not_printed_into_the_feedback():
     assert "a table of 32 rows" in workshop.check_decided(lambda trace: -1.5).message
     assert not workshop.check_decided(lambda trace: trace.step[2:4]).right
 
 
 @pytest.mark.parametrize("answer, right, said", [
-    (..., False, "dots"), ("warm", False, "a temperature is needed"), (-1.0, False, "positive"), (1.0, False, "lower"),
+    (..., None, "dots"), ("warm", False, "a temperature is needed"), (-1.0, False, "positive"), (1.0, False, "lower"),
     (0.1, False, "higher"), (0.435, True, "90"), (torch.tensor(0.435), True, "90"), (np.float32(0.435), True, "90")])
 def test_a_temperature(answer, right, said):
     feedback = workshop.check_temperature(answer)
@@ -93,7 +97,7 @@ def test_a_temperature(answer, right, said):
 
 
 @pytest.mark.parametrize("weight, right, said", [
-    (..., False, "dots"), (0.05, False, "cancels"), (0.01, False, "rewards a mixture"), (-1.0, False, "negative"),
+    (..., None, "dots"), (0.05, False, "cancels"), (0.01, False, "rewards a mixture"), (-1.0, False, "negative"),
     (5.0, False, "the data hardly count"), (0.2, True, "+0.15")])
 def test_a_weight_of_the_entropy(weight, right, said):
     feedback = workshop.check_entropy_weight(weight, kl_weight=0.05)
@@ -102,16 +106,16 @@ def test_a_weight_of_the_entropy(weight, right, said):
 
 @pytest.mark.parametrize("price, right, said", [
     (0.05, True, "price"), (-0.05, False, "sign"), (0.35, False, "Subtract"), (0.35 / 0.3, False, "quotient"),
-    (1.0, False, "0.350"), (..., False, "dots")])
+    (1.0, False, "0.350"), (..., None, "dots")])
 def test_a_price(price, right, said):
     feedback = workshop.check_price(price, discrete=0.35, soft=0.3)
     assert feedback.right == right and said in feedback.message
 
 
 @pytest.mark.parametrize("answers, right, said", [
-    (dict(accuracy="c", entropy="a", kl="b"), True, "all three"), (dict(accuracy="c", entropy="a"), False, "the letter for kl"),
+    (dict(accuracy="c", entropy="a", kl="b"), True, "all three"), (dict(accuracy="c", entropy="a"), None, "the letter for kl"),
     (dict(accuracy="c", entropy="b", kl="b"), False, "entropy: nothing"), (dict(accuracy=3, entropy="a", kl="b"), False, "a or b or c"),
-    (..., False, "dots"), (dict(accuracy="c", entropy="a", kl=...), False, "the letter for kl")])
+    (..., None, "dots"), (dict(accuracy="c", entropy="a", kl=...), None, "the letter for kl")])
 def test_the_effect_of_each_loss_alone(answers, right, said):
     feedback = workshop.check_alone(answers)
     assert feedback.right == right and said in feedback.message
@@ -121,7 +125,7 @@ def test_the_effect_of_each_loss_alone(answers, right, said):
     (dict(good="can", lucky="cannot", bad="cannot"), True, "before any run"),
     (dict(good="can", lucky="can", bad="cannot"), False, "luck"), (dict(good="can", lucky="cannot", bad="can"), False, "not enough"),
     (dict(good="cannot", lucky="cannot", bad="cannot"), False, "is enough"), (dict(good="yes"), False, "can or cannot"),
-    (dict(good="can"), False, "the verdict for lucky"), (dict(good=...), False, "the verdict for good")])
+    (dict(good="can"), None, "the verdict for lucky"), (dict(good=...), None, "the verdict for good")])
 def test_verdicts_on_evaluators(verdicts, right, said):
     feedback = workshop.check_verdicts(verdicts, dict(good=(0.95, 0.9), lucky=(0.85, 0.6), bad=(0.6, 0.5)))
     assert feedback.right == right and said in feedback.message
@@ -130,6 +134,19 @@ def test_verdicts_on_evaluators(verdicts, right, said):
 def test_feedback_is_shown_with_a_sign_and_escaped():
     shown = Feedback(False, "p < 0")._repr_html_()
     assert "✗" in shown and "p &lt; 0" in shown and "✓" in repr(Feedback(True, ""))
+
+
+def test_an_exercise_that_nobody_has_tried_is_not_called_wrong():
+    for check in CHECKS.values(): assert not re.search("✗|Not yet", repr(check(lambda *case: ...)))
+
+
+def test_names_on_a_line_do_not_cover_each_other():
+    z = {f"word{i}": 0.05 * i for i in range(40)}
+    figure = draw_words({"a": z, "b": {word: 10 * value for word, value in z.items()}}, {"even": list(z)[::2], "odd": list(z)[1::2]})
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert 1 < len(boxes) <= 40 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 # the lessons
@@ -158,7 +175,7 @@ def test_exercises_fail_as_they_are_and_pass_as_they_are_solved(path, quick_star
     assert len(tries) == len(exercises)
     for title, (unsolved, after) in tries.items():
         first, second = (said(both.cells[i]) for i in (unsolved, after))
-        assert first.startswith("✗ Not yet: ") and "dots" in first, f"{title}: {first}"
+        assert first.startswith("○ Your turn: ") and "dots" in first, f"{title}: {first}"
         assert second.startswith("✓ Right."), f"{title}: {second}"
 
 
@@ -173,11 +190,77 @@ def test_a_lesson_is_kept_as_the_learner_finds_it():
         lesson = read(path)
         for exercise in read_exercises(lesson):
             assert "..." in lesson.cells[exercise.cell].source
-            assert said(lesson.cells[exercise.cell + 1]).startswith("✗ Not yet: "), f"{path.name}: {exercise.title}"
+            assert said(lesson.cells[exercise.cell + 1]).startswith("○ Your turn: "), f"{path.name}: {exercise.title}"
 
 
 def test_the_lessons_are_small():
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 350_000
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 600_000
+
+
+def test_each_lesson_has_two_pictures_or_more_and_says_first_what_it_loads():
+    for path in LESSONS:
+        lesson = read(path)
+        outputs = [output for cell in lesson.cells for output in cell.get("outputs", [])]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2, path.name
+        first = next(cell for cell in lesson.cells if cell.cell_type == "code")
+        assert re.match(r'print\("Loading .* seconds', first.source), path.name  # before the imports, which are silent
+
+
+def test_no_bar_and_no_warning_is_left_in_a_lesson():
+    for path in LESSONS:
+        outputs = [output for cell in read(path).cells for output in cell.get("outputs", [])]
+        assert not any(output.get("name") == "stderr" or "it/s" in str(output.get("data", "")) for output in outputs), path.name
+
+
+# the learner's copies
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copies")
+    return write_lessons(FOLDER, folder / "mine")
+
+
+def test_a_learners_copy_tells_no_answer_and_judges_nobody(copies):
+    assert [path.name for path in copies] == [path.name for path in LESSONS]
+    for path in copies:
+        for cell in read(path).cells:
+            if cell.cell_type == "code": assert cell.outputs == [] and "assert" not in cell.source
+
+
+def test_a_learners_copy_needs_nothing_beside_it_but_the_other_lessons(copies):
+    for path in copies:
+        for cell in read(path).cells:
+            if cell.cell_type != "markdown": continue
+            for link in re.findall(r"\]\(([^)]+)\)", cell.source):
+                attached = link.removeprefix("attachment:")
+                assert link.startswith("https://") or (path.parent / link).exists() or attached in cell.attachments, f"{path.name}: {link}"
+
+
+def test_a_cell_says_in_words_that_the_first_one_was_skipped(copies):
+    for path in copies:
+        code = [cell for cell in read(path).cells if cell.cell_type == "code"]
+        for cell in code[1:]:
+            if "exercise" in cell.metadata.get("tags", []): continue
+            with pytest.raises(NameError) as error: exec(cell.source, {})
+            assert error.traceback[-1].lineno == 0 and "Run the first code cell" in cell.source.splitlines()[0], cell.source
+
+
+def test_code_that_only_draws_is_folded(copies):
+    folded = [cell for path in copies for cell in read(path).cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    assert folded and all("plt." in cell.source for cell in folded)
+
+
+def test_the_learners_work_is_kept(tmp_path):
+    write_lessons(FOLDER, tmp_path)
+    for path, text in ((tmp_path / LESSONS[0].name, "mine"), (tmp_path / LESSONS[1].name, None)):
+        path.write_text(text) if text else path.unlink()
+    assert [path.name for path in write_lessons(FOLDER, tmp_path)] == [LESSONS[1].name]
+    assert (tmp_path / LESSONS[0].name).read_text() == "mine"
+
+
+def test_copies_do_not_go_into_the_repository(tmp_path):
+    with pytest.raises(ValueError, match="give a folder outside"): write_lessons(FOLDER, FOLDER.parents[1] / "runs" / "lessons")
+    with pytest.raises(FileNotFoundError, match="there are no lessons in"): write_lessons(tmp_path / "a" / "b", tmp_path / "c")
 
 
 def test_solutions_are_written_for_lessons_only(tmp_path):

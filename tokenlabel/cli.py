@@ -150,6 +150,16 @@ def _workshop(options) -> int:
     serve(bundled("nbs/workshop/explorer.ipynb"), options.host, options.port, public=not _is_loopback(options.host))
     return 0
 
+# %% ../nbs/47_cli.ipynb #0ea37159
+def _lessons(options) -> int:
+    from tokenlabel.files import bundled
+    from tokenlabel.workshop import write_lessons
+    written = write_lessons(bundled("nbs/workshop"), options.folder)
+    kept = sorted(path.name for path in options.folder.glob("[0-9]_*.ipynb") if path.absolute() not in written)
+    if kept: print(f"kept as they are: {', '.join(kept)}")
+    print(f"{len(written)} lessons written; start with: jupyter lab {options.folder}")
+    return 0
+
 # %% ../nbs/47_cli.ipynb #9cfbc5f8
 def _fetch(options) -> int:
     from tokenlabel.lm import load_lm
@@ -211,6 +221,8 @@ def _parser(settings: bool) -> argparse.ArgumentParser:  # settings: with the op
            help="address to serve on (default: 127.0.0.1, which only this computer can reach)")
     option("--port", type=int, default=8866, metavar="N", help="port to serve on (default: 8866)")
     option("--public", action="store_true", help="allow an address that other computers can reach")
+    option = command(_lessons, "lessons", "write a learner's copy of the workshop's lessons")
+    option("folder", type=Path, metavar="FOLDER", help="where the copies go; lessons that are there already stay as they are")
     command(_fetch, "fetch", "fetch and convert the default language model, if that was not done before")
     return parser
 

@@ -7,7 +7,7 @@ __all__ = ['PHASES', 'phase_of', 'sweep', 'save_maps', 'load_maps', 'phase_map_s
 
 # %% ../nbs/24_phase.ipynb #86e8e469
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from itertools import product
@@ -51,7 +51,8 @@ def sweep(
     restarts: int = 2,
     steps: int = 50,
     seed: int = 0,
-) -> pd.DataFrame:  # one row for each place: entropy_weight, kl_weight, phase, token (the most probable), probability
+    watch: Callable[[Search], None] = lambda search: None,  # is called before each step, and once after the last
+) -> pd.DataFrame:  # one row for each place: entropy_weight, kl_weight, restart, phase, token (the most probable), probability
     "Where a run ends for each pair of weights. Raises ValueError for sizes below 1, or no right label of one token."
     for name, count in ("entropies", len(entropies)), ("kls", len(kls)), ("restarts", restarts), ("steps", steps):
         if count < 1: raise ValueError(f"{name}: there are {count}, and one is the least")
@@ -66,15 +67,18 @@ def sweep(
     with torch.no_grad(): search.v.copy_(search.v[:restarts].repeat(len(places), 1, 1))
     entropy, kl = torch.tensor(places).repeat_interleave(restarts, 0).to(search.v).T
     search.weights = search.weights._replace(entropy=entropy, kl=kl)
-    for _ in range(steps): search.step()
+    for _ in range(steps):
+        watch(search)
+        search.step()
+    watch(search)
     p = search.log_p(cold)[:, 0].exp().detach()
     search.settings = replace(settings, temperature=(cold, cold), entropy_schedule=(1.0, 1.0))
     loss = np.reshape([row["loss"] for row in search.step()], (len(places), restarts))
 
     rows, favorites = [], discriminator.label_prior.topk(16).indices.tolist()
     for i, (entropy_weight, kl_weight) in enumerate(places):
-        best = p[i * restarts + int(loss[i].argmin())]
-        rows.append(dict(entropy_weight=entropy_weight, kl_weight=kl_weight, phase=phase_of(best, ids, favorites),
+        best = p[i * restarts + (restart := int(loss[i].argmin()))]
+        rows.append(dict(entropy_weight=entropy_weight, kl_weight=kl_weight, restart=restart, phase=phase_of(best, ids, favorites),
                          token=lm.show(int(best.argmax())), probability=round(float(best.max()), 3)))
     return pd.DataFrame(rows)
 
