@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import expect, sync_playwright
 
 from tokenlabel.feature import Feature
 from tokenlabel.phase import PHASES, sweep
@@ -72,7 +73,7 @@ def test_the_committed_page_is_small_and_alone():
     text = PAGE.read_text(encoding="utf-8")
     assert len(text.encode()) < 3_000_000
     features, lm = read_replay(PAGE)
-    assert lm == "SmolLM2-135M-Instruct" and {"animals", "numbers"} <= {*features}
+    assert lm == "SmolLM2-135M-Instruct" and "animals" in features
     for recording in features.values():
         assert len(recording["runs"]) == 25 and {run["phase"] for run in recording["runs"]} <= {*PHASES}
     assert "The MIT License" in text and not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?!data:)", text)
@@ -86,10 +87,9 @@ def test_the_committed_page_has_the_present_template(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if not chromium: pytest.skip("there is no chromium")
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -145,8 +145,8 @@ def test_every_control_of_the_page(opened):
     # play goes to the end, and stops there
     move(page, "step", int(page.locator("#step").get_attribute("max")) - 2)
     page.locator("#play").click()
-    page.wait_for_function("document.querySelector('#step').value === document.querySelector('#step').max")
-    page.wait_for_function("document.querySelector('#play').textContent.includes('Play')")
+    expect(page.locator("#step")).to_have_value(page.locator("#step").get_attribute("max"))
+    expect(page.locator("#play")).to_contain_text("Play")
 
 
 def test_tokens_and_plane_answer_to_the_pointer(opened):
@@ -156,7 +156,7 @@ def test_tokens_and_plane_answer_to_the_pointer(opened):
     x, y = page.evaluate("(() => { const {x, y} = plane.getDatasetMeta(1).data[0]; return [x, y] })()")
     box = page.locator("#plane").bounding_box()
     page.mouse.move(box["x"] + x, box["y"] + y)
-    page.wait_for_function("document.querySelector('#said').textContent.includes('right label')")
+    expect(page.locator("#said")).to_contain_text("right label")
     x, y = page.evaluate("(() => { const {x, y} = plane.getDatasetMeta(2).data[3]; return [x, y] })()")
     page.mouse.click(box["x"] + x, box["y"] + y)
     assert int(page.locator("#step").input_value()) < int(page.locator("#step").get_attribute("max"))

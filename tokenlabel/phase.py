@@ -78,8 +78,9 @@ def sweep(
     rows, favorites = [], discriminator.label_prior.topk(16).indices.tolist()
     for i, (entropy_weight, kl_weight) in enumerate(places):
         best = p[i * restarts + (restart := int(loss[i].argmin()))]
-        rows.append(dict(entropy_weight=entropy_weight, kl_weight=kl_weight, restart=restart, phase=phase_of(best, ids, favorites),
-                         token=lm.show(int(best.argmax())), probability=round(float(best.max()), 3)))
+        rows.append(dict(entropy_weight=entropy_weight, kl_weight=kl_weight, restart=restart,
+                         phase=phase_of(best, ids, favorites), token=lm.show(int(best.argmax())),
+                         probability=round(float(best.max()), 3)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/24_phase.ipynb #3b7d0d6e

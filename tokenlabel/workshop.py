@@ -394,14 +394,14 @@ def learner_copy(
         cell.source = re.sub(r"\]\(\.\./(?!\.)", f"]({WEB}", cell.source)
     return copy
 
-# %% ../nbs/46_workshop.ipynb #b5d0ecb2
+# %% ../nbs/46_workshop.ipynb #0cc54380
 def write_lessons(
     lessons: str | Path,  # folder of the lessons
     folder: str | Path,  # is made if it does not exist
 ) -> list[Path]:  # the copies that were written
     "Write a learner's copy of each lesson that is not in the folder yet. Raises ValueError for a folder inside the repository."
-    lessons, folder = Path(lessons).resolve(), Path(folder).resolve()
-    if folder.is_relative_to(lessons.parents[1]):
+    lessons, folder = Path(lessons).resolve(), Path(folder).absolute()
+    if any(place.is_relative_to(lessons.parents[1]) for place in (folder, folder.resolve())):
         raise ValueError(f"{folder} is inside {lessons.parents[1]}; give a folder outside, where your answers are safe")
     found = {path.name: nbformat.read(path, as_version=4) for path in sorted(lessons.glob("*.ipynb"))}
     if not found: raise FileNotFoundError(f"there are no lessons in {lessons}; they come with the source: clone the repository")
