@@ -154,11 +154,7 @@ def _workshop(options) -> int:
 def _lessons(options) -> int:
     from tokenlabel.files import bundled
     from tokenlabel.workshop import write_lessons
-<<<<<<< HEAD
     written = write_lessons(bundled("nbs/workshop"), options.folder)
-=======
-    written = write_lessons(Path(tokenlabel.__file__).resolve().parents[1] / "nbs" / "workshop", options.folder)
->>>>>>> e31dd47 (A page replays the recorded descents of a phase map, from disk and without a kernel)
     kept = sorted(path.name for path in options.folder.glob("[0-9]_*.ipynb") if path.absolute() not in written)
     if kept: print(f"kept as they are: {', '.join(kept)}")
     print(f"{len(written)} lessons written; start with: jupyter lab {options.folder}")
