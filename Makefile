@@ -74,11 +74,11 @@ docs: .venv-docs/installed ## build the documentation in _docs/ from the committ
 	touch $@
 
 # Links and pictures in the notebook are relative to nbs/, those in README.md to the folder above. The language of code
-# is named once more, because clean notebooks do not carry it.
+# is named once more, because clean notebooks do not carry it. The style of a pandas table would be shown as text.
 README.md: nbs/index.ipynb $(STAMP)
 	$(BIN)/python -m nbconvert --to markdown --stdout $< \
 	  | cat -s | awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } 1' \
-	  | sed -E 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")(docs/[a-z]+\.md|[A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
+	  | sed -E -e '/<style scoped>/,/<\/style>/d' -e 's#(\]\(|(src|href)=")\.\./#\1#g; s#(\]\(|href=")(docs/[a-z]+\.md|[A-Za-z0-9_/]+\.ipynb)#\1nbs/\2#g' > $@
 
 # Most of what is installed is never imported, so Python compiles what is when it is: pip would take twice the time.
 $(STAMP): settings.ini setup.py constraints.txt

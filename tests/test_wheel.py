@@ -61,6 +61,7 @@ def test_the_page_of_a_package_index_has_no_relative_link(wheel):
         text = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
     assert "\nProject-URL: Documentation, https://tokenlabel.github.io/tokenlabel\n" in text
     assert [f"Programming Language :: Python :: 3.{n}" in text for n in (11, 12, 13)] == [True] * 3
+    assert "<style" not in text  # would be shown as text
     text = re.sub(r"```.*?```|`[^`]*`", "", text.partition("\n\n")[2], flags=re.S)
     links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"\s]+)', text)
     assert len(links) > 50 and [link for link in links if not link.startswith(("https://", "#"))] == []
