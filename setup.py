@@ -11,7 +11,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-site = f"{settings['doc_host']}{settings['doc_baseurl']}"
+pages = f"{settings['git_url']}/blob/{settings['branch']}"
 
 
 class BuildWhole(build_py):
@@ -28,11 +28,10 @@ class BuildWhole(build_py):
 def description() -> str:
     "README.md with absolute links: where a package index shows the page, no files lie beside it."
     links = re.compile(r'(\]\(|(?:src|href)=")(?!\w+:|#)([^)"\s]+)')
-    raw = settings["git_url"].replace("https://github.com", "https://raw.githubusercontent.com")
-    def absolute(link):
-        picture = link[2].endswith((".png", ".svg"))
-        return f"{link[1]}{raw if picture else settings['git_url'] + '/blob'}/{settings['branch']}/{link[2]}"
-    return links.sub(absolute, (here / "README.md").read_text(encoding="utf-8"))
+    pictures = pages.replace("https://github.com", "https://raw.githubusercontent.com").replace("/blob/", "/")
+    def absolute(link): return f"{link[1]}{pictures if link[2].endswith(('.png', '.svg')) else pages}/{link[2]}"
+    readme = here / "README.md"  # is made with what is installed, so it may not be there yet
+    return links.sub(absolute, readme.read_text(encoding="utf-8")) if readme.exists() else ""
 
 
 setup(
@@ -45,7 +44,7 @@ setup(
     author=settings["author"],
     author_email=settings["author_email"],
     url=settings["git_url"],
-    project_urls={"Documentation": site, "Changelog": f"{settings['git_url']}/blob/{settings['branch']}/CHANGELOG.md",
+    project_urls={"Documentation": f"{pages}/nbs/docs/index.md", "Changelog": f"{pages}/CHANGELOG.md",
                   "Paper": "https://arxiv.org/abs/2504.00754"},
     license={"apache2": "Apache-2.0"}[settings["license"]],
     classifiers=[

@@ -59,7 +59,7 @@ def test_the_wheel_carries_page_maps_lessons_and_experiments(installed, tmp_path
 def test_the_page_of_a_package_index_has_no_relative_link(wheel):
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
-    assert "\nProject-URL: Documentation, https://tokenlabel.github.io/tokenlabel\n" in text
+    assert "\nProject-URL: Documentation, https://github.com/tokenlabel/tokenlabel/blob/main/nbs/docs/index.md\n" in text
     assert [f"Programming Language :: Python :: 3.{n}" in text for n in (11, 12, 13)] == [True] * 3
     assert "<style" not in text  # would be shown as text
     text = re.sub(r"```.*?```|`[^`]*`", "", text.partition("\n\n")[2], flags=re.S)
