@@ -43,10 +43,12 @@ def test_the_reference_has_every_public_name_with_the_comments_of_its_parameters
 
 def test_what_nbdev_hides_is_not_on_the_page():
     new = nbformat.v4
-    cells = [new.new_markdown_cell("See [questions](07_prompts.ipynb#Questions-of-it)."), new.new_code_cell("#| default_exp lm"),
-             new.new_code_cell("#| hide\n#| export\nimport os"), new.new_code_cell("#| export\nx = 1  #| no directive")]
-    shown = json.loads(CONF["lesson"](nbformat.writes(new.new_notebook(cells=cells))))["cells"]
-    assert [cell["source"] for cell in shown] == ["See [questions](07_prompts.ipynb#questions-of-it).", "x = 1  #| no directive"]
+    cells = [new.new_markdown_cell("[a](../07_prompts.ipynb#Questions-of-it) [b](../../data/a.md) [c](../a.md)"),
+             new.new_code_cell("#| default_exp lm"), new.new_code_cell("#| hide\n#| export\nimport os"),
+             new.new_code_cell("#| export\nx = 1  #| no directive")]
+    shown = json.loads(CONF["lesson"](nbformat.writes(new.new_notebook(cells=cells)), "studies/a"))["cells"]
+    assert [cell["source"] for cell in shown] == [
+        f"[a](../07_prompts.ipynb#questions-of-it) [b]({CONF['PAGES']}/data/a.md) [c](../a.md)", "x = 1  #| no directive"]
 
 
 def code(guide): return re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.S | re.M)

@@ -15,6 +15,7 @@ _parser.read(ROOT / "settings.ini", encoding="utf-8")
 _settings = _parser["DEFAULT"]
 
 project, version, author, copyright = (_settings[name] for name in ("lib_name", "version", "author", "copyright"))
+PAGES = f"{_settings['git_url']}/blob/{_settings['branch']}"
 extensions = ["myst_nb"]
 root_doc = "docs/index"
 exclude_patterns = ["index.ipynb", "workshop/explorer.ipynb", "docs/requirements.txt", "**/.*"]  # README; a page of widgets alone
@@ -32,7 +33,7 @@ html_theme_options = dict(repository_url=_settings["git_url"], repository_branch
 
 # Lessons
 
-def lesson(notebook: str) -> str:
+def lesson(notebook: str, name: str) -> str:  # name: the path in nbs/, without .ipynb
     "A notebook without its hidden cells, without nbdev's directives, and without outputs that need a running kernel."
     nb = json.loads(notebook)
     for cell in nb["cells"]:
@@ -40,7 +41,10 @@ def lesson(notebook: str) -> str:
         directives = [line[2:].strip() for line in lines if line.startswith("#|")]
         rest = "".join(line for line in lines if not line.startswith("#|")).strip("\n")
         hidden = cell["cell_type"] == "code" and ("hide" in directives or not rest)
-        if cell["cell_type"] == "markdown": rest = re.sub(r"\.ipynb#[\w-]+", lambda link: link[0].lower(), rest)  # Jupyter keeps capitals
+        if cell["cell_type"] == "markdown":
+            rest = re.sub(r"\.ipynb#[\w-]+", lambda link: link[0].lower(), rest)  # Jupyter keeps capitals
+            outside = "../" * (name.count("/") + 1)  # a text beside nbs/ is no page of the site
+            rest = re.sub(rf"\]\({re.escape(outside)}([\w/.-]+\.md)\)", rf"]({PAGES}/\1)", rest)
         cell["source"] = "" if hidden else rest
         for output in cell.get("outputs", []): output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     nb["cells"] = [cell for cell in nb["cells"] if cell["source"]]
@@ -83,7 +87,7 @@ def reference(text: str) -> str:
 
 
 def _read(app, docname: str, source: list[str]) -> None:
-    if Path(app.env.doc2path(docname)).suffix == ".ipynb": source[0] = lesson(source[0])
+    if Path(app.env.doc2path(docname)).suffix == ".ipynb": source[0] = lesson(source[0], docname)
     elif docname == "docs/api": source[0] = reference(source[0])
 
 
