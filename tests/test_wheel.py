@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,11 @@ def test_the_wheel_carries_page_maps_lessons_and_experiments(installed, tmp_path
             "for path in bundled(place).rglob('*.*')), sep='\\n')")
     package, *found = run(installed, ["python", "-c", code], tmp_path).splitlines()
     assert Path(package).is_relative_to(installed.parent)
-    wanted = {path.relative_to(ROOT) for part in ("experiments", "workshop") for path in ROOT.glob(f"nbs/{part}/*.ipynb")}
-    assert set(map(Path, found)) == wanted | {Path("figures/phase_map.json")} and len(wanted) >= 13
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    wanted = {path.relative_to(ROOT) for pattern in settings["DEFAULT"]["bundled"].split() for path in ROOT.glob(pattern)}
+    assert set(map(Path, found)) == wanted and {str(path) for path in wanted} >= {
+        "nbs/workshop/explorer.ipynb", "nbs/workshop/3_losses.ipynb", "nbs/experiments/animals.ipynb", "figures/phase_map.json"}
     for path in wanted: assert Path(package, path).read_bytes() == (ROOT / path).read_bytes()
 
 

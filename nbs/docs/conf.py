@@ -23,6 +23,7 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+html_extra_path = [str(ROOT / "figures" / "replay.html")]  # shown on the front page
 html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["style.css"]
