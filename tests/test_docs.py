@@ -1,4 +1,4 @@
-"""The documentation: it has a place for every notebook, its reference is complete, its code runs, and its links lead somewhere."""
+"""The documentation: a place for every notebook, a complete reference, code that runs, and links that lead somewhere."""
 import json
 import re
 import runpy
@@ -21,7 +21,8 @@ CONF = runpy.run_path(str(NBS / "docs" / "conf.py"))
 
 def test_each_notebook_and_guide_has_one_place_in_the_contents():
     trees = re.findall(r"```\{toctree\}\n(.*?)```", (NBS / "docs" / "index.md").read_text(), re.S)
-    entries = [line if line.startswith("/") else f"/docs/{line}" for tree in trees for line in tree.splitlines() if line[:1] not in ":"]
+    lines = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    entries = [line if line.startswith("/") else f"/docs/{line}" for line in lines]
     pages = [path for path in (*NBS.rglob("*.ipynb"), *GUIDES) if not any(part.startswith(".") for part in path.parts)]
     names = ["/" + str(path.relative_to(NBS).with_suffix("")) for path in pages]
     left_out = {name: n for name in names if (n := sum(fnmatch(name, entry) for entry in entries)) != 1}
@@ -38,6 +39,7 @@ def test_the_reference_has_every_public_name_with_the_comments_of_its_parameters
     assert not re.search(r"^@\w+\.", made, re.M) and "### `load_lm`" in made
     assert "#### `LabelResult.save`" in made and "#### `Feature.from_words`" in made and "LabelResult._repr" not in made
     assert "dtype: torch.dtype | str | None = None,  # or \"fastest\"" in made
+    assert "- `lm`: the language model" in made and "    - `token_id`: the token" in made  # docstrings that list names
     assert re.search(r"class Settings:\n    discriminator: str = \"channel\"  # how", made)
 
 

@@ -48,8 +48,8 @@ def run(installed, command, folder):
 
 
 def test_the_wheel_carries_page_maps_lessons_and_experiments(installed, tmp_path):
-    code = ("from tokenlabel.files import bundled; print(bundled('.'), *(path.relative_to(bundled('.')) for place in ('nbs', 'figures') "
-            "for path in bundled(place).rglob('*.*')), sep='\\n')")
+    code = ("from tokenlabel.files import bundled; print(bundled('.'), *(path.relative_to(bundled('.')) "
+            "for place in ('nbs', 'figures') for path in bundled(place).rglob('*.*')), sep='\\n')")
     package, *found = run(installed, ["python", "-c", code], tmp_path).splitlines()
     assert Path(package).is_relative_to(installed.parent)
     settings = ConfigParser(delimiters=["="])
@@ -69,7 +69,8 @@ def test_the_page_of_a_package_index_has_no_relative_link(wheel):
     text = re.sub(r"```.*?```|`[^`]*`", "", text.partition("\n\n")[2], flags=re.S)
     links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"\s]+)', text)
     assert len(links) > 50 and [link for link in links if not link.startswith(("https://", "#"))] == []
-    ours = [re.match(r"https://(?:github|raw\.githubusercontent)\.com/tokenlabel/tokenlabel(?:/blob)?/main/(.+)", link) for link in links]
+    host = r"https://(?:github|raw\.githubusercontent)\.com"
+    ours = [re.match(host + r"/tokenlabel/tokenlabel(?:/blob)?/main/(.+)", link) for link in links]
     assert [link[1] for link in ours if link and not (ROOT / link[1]).is_file()] == []
 
 

@@ -66,13 +66,14 @@ def _text(node: ast.AST, lines: list[str]) -> str:
 
 
 def entry(module: str, name: str, level: int = 3) -> str:
-    "The part of the reference on a function or class: signature with comments, docstring, methods, and the lesson that defines it."
+    "The part of the reference on a function or class: signature with comments, docstring, methods, and the defining lesson."
     source = (ROOT / "tokenlabel" / f"{module}.py").read_text(encoding="utf-8")
     lines, tree = source.splitlines(), ast.parse(source)
     lesson = re.search(r"File to edit: \.\./nbs/(\S+?)\.ipynb", source)[1]
     [node] = [each for each in tree.body if getattr(each, "name", "") == name]
     def part(node, title, level):
-        return f"{'#' * level} `{title}`\n\n{ast.get_docstring(node) or ''}\n\n```python\n{_text(node, lines)}\n```\n"
+        said = re.sub(r"^( *)([*\w]+(?:, [*\w]+)*): ", r"\1- `\2`: ", ast.get_docstring(node) or "", flags=re.M)  # a list of names
+        return f"{'#' * level} `{title}`\n\n{said}\n\n```python\n{_text(node, lines)}\n```\n"
     parts = [part(node, name, level), f"Defined in [{lesson}](../{lesson}.ipynb).\n"]
     if isinstance(node, ast.ClassDef):
         patched = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.decorator_list and each.args.args
@@ -93,7 +94,8 @@ def _read(app, docname: str, source: list[str]) -> None:
 
 
 def _finish(app, error) -> None:
-    if not error: Path(app.outdir, "index.html").write_text(f'<meta http-equiv="refresh" content="0; url={root_doc}.html">', "utf-8")
+    front = f'<meta http-equiv="refresh" content="0; url={root_doc}.html">'
+    if not error: Path(app.outdir, "index.html").write_text(front, encoding="utf-8")
 
 
 def setup(app) -> dict:
