@@ -72,7 +72,8 @@ def entry(module: str, name: str, level: int = 3) -> str:
     lesson = re.search(r"File to edit: \.\./nbs/(\S+?)\.ipynb", source)[1]
     [node] = [each for each in tree.body if getattr(each, "name", "") == name]
     def part(node, title, level):
-        said = re.sub(r"^( *)([*\w]+(?:, [*\w]+)*): ", r"\1- `\2`: ", ast.get_docstring(node) or "", flags=re.M)  # a list of names
+        said = ast.get_docstring(node) or ""
+        said = re.sub(r"^( *)([*\w]+(?:, [*\w]+)*): ", r"\1- `\2`: ", said, flags=re.M)  # lines that explain a name
         return f"{'#' * level} `{title}`\n\n{said}\n\n```python\n{_text(node, lines)}\n```\n"
     parts = [part(node, name, level), f"Defined in [{lesson}](../{lesson}.ipynb).\n"]
     if isinstance(node, ast.ClassDef):
