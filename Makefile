@@ -65,7 +65,7 @@ export: $(STAMP) ## write tokenlabel/ and README.md from the notebooks, and clea
 
 # Sphinx has an environment of its own: it needs neither the package nor PyTorch, and its requirements are not ours.
 docs: .venv-docs/installed ## build the documentation in _docs/ from the committed notebooks; a warning is an error
-	.venv-docs/bin/sphinx-build -q -W --keep-going -j auto -c nbs/docs -d _docs/doctrees nbs _docs/html
+	.venv-docs/bin/sphinx-build -q -E -W --keep-going -j auto -c nbs/docs -d _docs/doctrees nbs _docs/html
 	@echo "The documentation is in _docs/html/index.html"
 
 .venv-docs/installed: nbs/docs/requirements.txt
