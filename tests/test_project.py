@@ -112,7 +112,7 @@ def test_readme_shows_before_it_tells():
 
 
 def test_notebooks_are_light():
-    assert sum((ROOT / path).stat().st_size for path in NOTEBOOKS) < 2_500_000
+    assert sum((ROOT / path).stat().st_size for path in NOTEBOOKS) < 2_800_000
     for path in NOTEBOOKS:
         nb = nbformat.read(ROOT / path, as_version=4)
         assert "widgets" not in nb.metadata, f"{path} carries the state of widgets"

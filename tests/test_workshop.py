@@ -262,7 +262,7 @@ def test_copies_do_not_go_into_the_repository(tmp_path):
     with pytest.raises(ValueError, match="give a folder outside"): write_lessons(FOLDER, FOLDER.parents[1] / "runs" / "lessons")
     (tmp_path / "link").symlink_to(FOLDER)  # a link does not hide where a folder lies
     with pytest.raises(ValueError, match="give a folder outside"): write_lessons(FOLDER, tmp_path / "link" / "mine")
-    with pytest.raises(FileNotFoundError, match="there are no lessons in"): write_lessons(tmp_path / "a" / "b", tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="there are no lessons in"): write_lessons(tmp_path / "no" / "nbs" / "workshop", tmp_path / "mine")
 
 
 def test_solutions_are_written_for_lessons_only(tmp_path):
