@@ -9,6 +9,7 @@ import torch
 from nbclient import NotebookClient
 
 from tokenlabel import workshop
+from tokenlabel.cli import main
 from tokenlabel.workshop import Feedback, FunctionCheck, draw_words, learner_copy, read_exercises, solve, write_lessons, write_solutions
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "workshop"
@@ -256,6 +257,14 @@ def test_the_learners_work_is_kept(tmp_path):
         path.write_text(text) if text else path.unlink()
     assert [path.name for path in write_lessons(FOLDER, tmp_path)] == [LESSONS[1].name]
     assert (tmp_path / LESSONS[0].name).read_text() == "mine"
+
+
+def test_the_command_writes_copies_and_keeps_those_that_are_there(tmp_path, capsys):
+    assert main(["lessons", str(tmp_path / "mine")]) == 0 and "5 lessons written" in capsys.readouterr().out
+    assert main(["lessons", str(tmp_path / "mine")]) == 0
+    said = capsys.readouterr().out
+    assert "kept as they are: 1_soft_labels.ipynb" in said and "0 lessons written" in said
+    assert main(["lessons", str(FOLDER)]) == 2 and "give a folder outside" in capsys.readouterr().err
 
 
 def test_copies_do_not_go_into_the_repository(tmp_path):
