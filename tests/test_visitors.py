@@ -186,8 +186,9 @@ def test_ten_visitors_share_four_gigabytes_and_none_stops_the_others(workshop):
         assert used < 4e9, f"{used / 1e9:.1f} GB"
         await visitors[0].socket.write_message(b"\xff" * 8, binary=True)  # says that it has 2 ** 64 - 1 parts
         visitors[2].socket.close()  # during a run
-        status, text, headers = await get(address)
+        status, text, headers = await get(address + "&feature=numbers")
         assert status == 200 and "number 1 in the queue" in text and len(kernels(server)) == 10
+        assert "feature=numbers" in headers["Refresh"], "who waits with a link gets what the link says"
         again = address.split("?")[0] + headers["Refresh"].split("url=")[1]
         await close(f"{visitors[1].base}/api/kernels/{visitors[1].kernel}?token={visitors[1].token}")
         assert "number 2 in the queue" in (await get(address))[1] and "kernelId" in (await get(again))[1]
@@ -195,3 +196,26 @@ def test_ten_visitors_share_four_gigabytes_and_none_stops_the_others(workshop):
         await asyncio.wait_for(visitors[9].step(3), 60)
         for _ in range(10): assert (await asyncio.wait_for(get(address.split("?")[0]), 10))[0] == 403, "the server answers"
     asyncio.run(visit())
+
+
+def test_the_server_imports_no_pytorch():
+    code = "import sys; from tokenlabel import page; assert not {'torch', 'transformers', 'pandas'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_line(monkeypatch):
+    page.say_fault()  # all is well
+    monkeypatch.setattr(page, "FAULT", "weights.safetensors is cut off")
+    with pytest.raises(SystemExit, match="^tokenlabel: weights.safetensors is cut off$"): page.say_fault()
+
+
+@pytest.mark.parametrize("screen, terminal, opens", [(":0", True, True), ("", True, False), (":0", False, False)])
+def test_a_browser_opens_where_somebody_sees_it_and_the_token_stays_private(monkeypatch, tmp_path, screen, terminal, opens):
+    opened = []
+    monkeypatch.setattr(page.webbrowser, "open", lambda address: opened.append(address) or True)
+    monkeypatch.setattr(page.sys, "platform", "linux")
+    monkeypatch.setattr(page.sys, "stdout", type("Out", (), {"isatty": lambda self: terminal})())
+    monkeypatch.setenv("DISPLAY", screen)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert page.open_browser("http://127.0.0.1:1/?token=secret&x=1", tmp_path) == opens == bool(opened)
+    if opens: assert "secret" not in opened[0] and "token=secret&amp;x=1" in (tmp_path / "open.html").read_text()
