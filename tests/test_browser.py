@@ -207,6 +207,9 @@ def test_a_run_moves_label_pictures_and_sliders(page):
 @pytest.mark.parametrize("width, height", SIZES)
 def test_label_and_buttons_are_on_one_screen_and_nothing_scrolls_sideways(page, width, height):
     page.set_viewport_size(dict(width=width, height=height))
+    line = status(page).locator(".widget-html-content")
+    assert line.evaluate("e => parseFloat(getComputedStyle(e).lineHeight) * 2") <= status(page).bounding_box()["height"], \
+        "there is room for a second line, so nothing jumps"
     for locator in (button(page, "Run"), button(page, "Reset"), page.locator(".tl-top"), status(page)):
         assert inside(page, locator), locator
     assert min(box["width"] for box in (image.bounding_box() for image in page.locator(".tl-pictures img").all())) > 330

@@ -420,7 +420,7 @@ def test_a_map_with_a_point_where_the_sliders_stand_for_features_that_have_one(t
     assert point()[0] > x and point()[1] == y
     made._hear(dict(tile=2))  # entropy 0.4, KL 0.0
     assert (made.sliders["entropy_weight"].value, made.sliders["kl_weight"].value) == (0.4, 0.0) and made.sliders["anneal"].value
-    assert point()[0] < x and point()[1] < y and made.address() == "entropy_weight=0.4&kl_weight=0.0"
+    assert point()[0] < x and point()[1] < y and made.address() == "entropy_weight=0.4&kl_weight=0"
     made.step()
     made.step()
     made.worker.wait()
@@ -482,3 +482,15 @@ def test_the_model_is_loaded_once_and_by_the_worker(tiny, monkeypatch):
 def test_it_is_a_widget_that_jupyter_shows(explorer):
     assert isinstance(explorer, ipywidgets.DOMWidget)
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
+
+
+def test_a_prepared_exploration_is_taken_by_one_explorer_only(tiny, monkeypatch):
+    monkeypatch.setattr(widgets, "default_lm", lambda: tiny)
+    widgets.prepare()
+    [ready] = widgets.prepared.values()
+    first, second = explore(), explore()
+    for made in first, second: made.worker.wait()
+    assert first.exploration is ready and second.exploration is not ready and not widgets.prepared
+    assert first.exploration.discriminator.tokens.feature == second.exploration.discriminator.tokens.feature
+    for made in first, second: made.close()
+    widgets.default_caches.clear()

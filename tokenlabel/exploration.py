@@ -69,14 +69,16 @@ def annealed(
     entropy = max(settings.entropy_weight, min(end.entropy_weight, settings.entropy_weight + end.entropy_weight / steps))
     return replace(settings, temperature=(temperature, temperature), entropy_weight=entropy)
 
-# %% ../nbs/44_exploration.ipynb #001dfe52
+# %% ../nbs/44_exploration.ipynb #29bc5052
 class Exploration:
     "A run whose settings can change between two steps."
 
-    def __init__(self, feature: Feature, lm: LM, settings: Settings = live_settings()):
+    def __init__(self, feature: Feature, lm: LM, settings: Settings = live_settings(),
+                 caches: dict | None = None):  # what `channel` knows of the model, shared by many features
         texts, words = LIVE[settings.discriminator]
         tokens = tokenize(live_part(feature, lm, words if feature.isolated else texts), lm)
-        self.discriminator, self.lock = make_discriminator(lm, tokens, settings), Lock()
+        for cache in (caches or {}).values(): cache.known.clear()  # a run must not depend on what was explored before it
+        self.discriminator, self.lock = make_discriminator(lm, tokens, settings, caches), Lock()
         self.settings, self.anneal = settings, True  # anneal: whether temperature and entropy weight move
         self.end = Settings()  # its schedules say where annealing ends
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy loss and KL of the single tokens scored so far
