@@ -61,7 +61,7 @@ def serving(command, url, folder, cache):
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=inherited | settings | cache)
     try:
-        for _ in range(1200):
+        for _ in range(3000):  # five minutes, on a busy machine
             assert server.poll() is None, log.read_text()
             try: urllib.request.urlopen(url + "/static/base/images/favicon.ico", timeout=1)
             except urllib.error.HTTPError: break  # it answers

@@ -45,7 +45,7 @@ def serving(folder, cache=None, places=10, idle=300):
     with log.open("w") as out:
         server = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=env)
     try:
-        for _ in range(1200):
+        for _ in range(3000):  # five minutes, on a busy machine
             if found := re.search(r"explorer is at (\S+)", log.read_text()): break
             assert server.poll() is None, log.read_text()
             time.sleep(0.1)
