@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from tokenlabel import live
 from tokenlabel.live import (
-    SAE, encode, find_site, hooked, latents, make_heap, push, read_sae, read_vectors, reconstruct, split_rows)
+    PACKAGED, SAE, encode, find_site, hooked, latents, make_heap, open_sae, push, read_sae, read_vectors, reconstruct, sample_texts,
+    split_rows)
 
 # Written by sae-lens and sparsify themselves, each in an environment of its own: settings, weights, activations.
 REFERENCE = json.loads((Path(__file__).parent / "autoencoders.json").read_text())
@@ -275,3 +276,19 @@ def test_arguments_of_another_kind(tiny_lm):
     with pytest.raises(TypeError, match="expected an SAE, a folder, 'default' or the number of a layer, got 1.5"): latents(lm, 1.5, TEXTS)
     with pytest.raises(TypeError, match="text 1 is no string, it is 3"): latents(lm, 0, ["a b", 3], progress=False)
     with pytest.raises(ValueError, match="no token behind the first"): latents(lm, 0, ["", "a"], progress=False)
+
+
+def test_the_packaged_autoencoder_is_small_and_its_latents_have_unit_directions():
+    assert sum(file.stat().st_size for file in PACKAGED.iterdir()) < 8_000_000
+    sae = read_sae(PACKAGED)
+    assert (sae.kind, sae.hook, sae.start) == ("topk", "blocks.14.hook_resid_post", False)
+    torch.testing.assert_close(sae.weights["W_dec"].norm(dim=1), torch.ones(len(sae.weights["W_dec"])), atol=1e-3, rtol=0)
+
+
+def test_the_packaged_autoencoder_explains_texts_it_was_not_trained_on(lm):
+    sae, site = open_sae(lm, "default")
+    x = torch.cat([read_vectors(lm, site, torch.tensor([lm.encode_start(text)]))[0, 1:] for text in sample_texts()[:12]])
+    def explained(sae): return 1 - float((x - reconstruct(sae, x)).square().sum() / (x - x.mean(0)).square().sum())
+    order = torch.rand(sae.weights["W_dec"].shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    shuffled = sae.weights | dict(W_dec=sae.weights["W_dec"].gather(1, order), W_enc=sae.weights["W_enc"].T.gather(1, order).T)
+    assert explained(sae) > 0.5 > 0.2 > explained(SAE("topk", sae.hook, shuffled, k=sae.k))
