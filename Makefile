@@ -43,7 +43,7 @@ test: $(STAMP) browser ## check that code, notebooks and README agree, run the l
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n auto --dist worksteal --ignore tests/test_browser.py --ignore tests/test_visitors.py tests
 
 fuzz: $(STAMP) ## more random damage to files and model folders   (FUZZ=inputs of each kind, SEED=another draw)
-	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py
+	FUZZ=$(or $(FUZZ),500) SEED=$(or $(SEED),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py tests/test_kills.py
 
 workshop: $(STAMP) ## serve the explorer at the printed address, with its token   (PORT=n; for others, too: BIND=address PUBLIC=1)
 	$(BIN)/tokenlabel $(strip workshop $(SERVE))

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 
-from tokenlabel import channel
 from tokenlabel.exploration import LIVE, Exploration, annealed, data_html, live_part, live_settings, tokens_html
 from tokenlabel.feature import ACTIVE, Feature
 from tokenlabel.search import Search, make_discriminator, step
@@ -64,21 +63,6 @@ def test_both_discriminators_explore_words_and_texts(tiny, discriminator, make):
     for _ in range(3): exploration.step()
     fires = exploration.view().fires
     assert len(fires) == len(exploration.discriminator.tokens.activation) and ((fires >= 0) & (fires <= 1)).all()
-
-
-def test_a_second_feature_reads_its_own_words_only(tiny, monkeypatch):
-    read, forward, caches = [], channel.forward_rows, {}
-    monkeypatch.setattr(channel, "forward_rows", lambda *args: read.append(1) or forward(*args))
-    other = Feature.from_words("other", ["sat", "mat"], ["on", "the"])
-    counts = []
-    for feature in small(), other, other:
-        Exploration(feature, tiny, caches=caches)
-        counts.append(len(read))
-        read.clear()
-    alone = Exploration(other, tiny)
-    assert counts[0] > counts[1] == counts[2] and len(read) > counts[1]
-    again = Exploration(other, tiny, caches=caches)
-    assert torch.equal(alone.discriminator.marginal, again.discriminator.marginal) and alone.scores == again.scores
 
 
 # the steps

@@ -455,6 +455,25 @@ def test_an_actor_that_is_lost_is_replaced(cluster, stored):
     assert labels(dict(found)) == labels(dict(label_features(features, stored, HOW)))
 
 
+def test_a_node_that_is_lost_costs_no_feature(cluster, stored, monkeypatch):
+    from ray.cluster_utils import Cluster
+    cluster.shutdown()
+    monkeypatch.setattr("tokenlabel.workers.ROOM", 30)
+    nodes = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0))
+    first, _ = (nodes.add_node(num_cpus=1) for _ in range(2))
+    try:
+        cluster.init(address=nodes.address, log_to_driver=False)
+        features, found = some_features(8), []
+        for number, result in label_features(features, stored, HOW, engine="ray", workers=2, together=2):
+            if not found: nodes.remove_node(first, allow_graceful=False)
+            found.append((number, result))
+        assert sorted(number for number, _ in found) == list(range(8))
+        assert labels(dict(found)) == labels(dict(label_features(features, stored, HOW)))
+    finally:
+        cluster.shutdown()
+        nodes.shutdown()
+
+
 def test_without_ray_the_error_says_how_to_get_it(stored, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'tokenlabel\[ray\]'"):

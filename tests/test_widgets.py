@@ -493,4 +493,3 @@ def test_a_prepared_exploration_is_taken_by_one_explorer_only(tiny, monkeypatch)
     assert first.exploration is ready and second.exploration is not ready and not widgets.prepared
     assert first.exploration.discriminator.tokens.feature == second.exploration.discriminator.tokens.feature
     for made in first, second: made.close()
-    widgets.default_caches.clear()

@@ -73,12 +73,10 @@ def annealed(
 class Exploration:
     "A run whose settings can change between two steps."
 
-    def __init__(self, feature: Feature, lm: LM, settings: Settings = live_settings(),
-                 caches: dict | None = None):  # what `channel` knows of the model, shared by many features
+    def __init__(self, feature: Feature, lm: LM, settings: Settings = live_settings()):
         texts, words = LIVE[settings.discriminator]
         tokens = tokenize(live_part(feature, lm, words if feature.isolated else texts), lm)
-        for cache in (caches or {}).values(): cache.known.clear()  # a run must not depend on what was explored before it
-        self.discriminator, self.lock = make_discriminator(lm, tokens, settings, caches), Lock()
+        self.discriminator, self.lock = make_discriminator(lm, tokens, settings), Lock()
         self.settings, self.anneal = settings, True  # anneal: whether temperature and entropy weight move
         self.end = Settings()  # its schedules say where annealing ends
         self.scores: dict[int, tuple[float, float]] = {}  # accuracy loss and KL of the single tokens scored so far
