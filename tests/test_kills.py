@@ -22,6 +22,7 @@ HOW = Settings(prompts=("the {label}:",), steps=20, restarts=1, candidates=2, pr
 WORDS = "cat dog horse red book house car lamp".split()
 NOTEBOOK = f"""
 import json
+from pathlib import Path
 from tokenlabel import Feature, Settings, load_lm
 from tokenlabel.many import Job, label_all
 settings, words = Settings.from_plain({HOW.plain()!r}), {WORDS!r}
