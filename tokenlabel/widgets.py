@@ -668,7 +668,7 @@ def _show(self: Explorer, picture: bool = True) -> None:
     view, exploration = self.view, self.exploration
     if exploration is None or not exploration.trace: return self._enable()
     start, seen = time.perf_counter(), exploration.view()
-    drawn = draw(seen) if picture and seen.step > 1 else None
+    drawn = draw(seen) if picture and 1 < seen.step != self.shown else None
     with self.lock:
         if view != self.view: return  # another choice was made meanwhile
         self.tokens.value, self.loss.value = tokens_html(seen), loss_html(seen)
