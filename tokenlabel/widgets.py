@@ -683,7 +683,8 @@ def _show(self: Explorer, picture: bool = True) -> None:
             f"pictures: step {self.shown}" + f", {seen.step - self.shown} behind" * (self.shown < seen.step))
     (token, p) = seen.top[0]
     label = f"The label is {drawable(token)}, {100 * p:.0f} %."
-    if self.worker.runs: self._say(f"running, {self.pace:.2f} s a step", label if p > 0.5 else "running")
+    if self.worker.runs or 1 < seen.step != self.shown:  # after a pause, until the pictures are of the last step
+        self._say(f"running, {self.pace:.2f} s a step", label if p > 0.5 else "running")
     elif seen.collapsed:
         self._say(f"finished after step {seen.step}: each restart is a single token", f"Finished after step {seen.step}. {label}")
     else: self._say(f"paused after step {seen.step}", f"Paused after step {seen.step}. {label}")
