@@ -10,8 +10,11 @@ import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 from tokenlabel import plot, summary
+from tokenlabel.feature import Feature
+from tokenlabel.label import label_feature
 from tokenlabel.score import heldout_table
 
 ODD = ["·中国", "⟨E4 B8⟩", "⏎", "ünï", "·동물", "どうぶつ", "·$a_b$", "$",
@@ -65,6 +68,7 @@ def make_heldout():
     return heldout_table(noise[0] + 2 * activation - 1, noise[1] + 3 * activation - 1.5, activation)
 
 
+WORDS_FEATURE = Feature.from_words("digits", active=["one", "two", "three", "four"], inactive=["cat", "dog", "tree", "sun"])
 TRACE, RANKING, HELDOUT = make_trace(), make_ranking(), make_heldout()
 
 def make_verdict(**changes):
@@ -118,7 +122,7 @@ def shown(fig): return {t.get_text() for t in texts(fig)}
 def test_text_is_large_enough_apart_and_inside_the_page(name):
     fig = FIGURES[name]()
     found = texts(fig)
-    assert min(t.get_fontsize() for t in found) >= 7
+    assert min(t.get_fontsize() for t in found) >= (7 if name in ("summary", "one row") else 8)
     boxes = [(t.get_text(), Text.get_window_extent(t)) for t in found]        # of the words, without the leader lines
     for text, box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text
@@ -153,7 +157,7 @@ def test_long_names_keep_their_ends_and_fit():
 def test_any_number_of_restarts_and_steps(restarts, steps):
     trace = make_trace(restarts, steps)
     fig = plot.plot_result(trace, RANKING, HELDOUT)
-    assert {"KL", "total", "accuracy", "entropy", "active", "inactive", "chance"} <= shown(fig)
+    assert {"KL", "total", "accuracy loss", "entropy", "active", "inactive", "chance"} <= shown(fig)
 
 
 def test_constant_and_tied_tables_can_be_drawn():
@@ -161,7 +165,7 @@ def test_constant_and_tied_tables_can_be_drawn():
     trace[["loss", "accuracy_loss", "entropy", "kl", "accuracy_active", "accuracy_inactive"]] = 0.0
     ranking[["accuracy_loss", "kl"]] = 0.0
     fig = plot.plot_result(trace, ranking)
-    assert {"KL", "total", "accuracy", "entropy"} <= shown(fig)
+    assert {"KL", "total", "accuracy loss", "entropy"} <= shown(fig)
 
 
 # --- that it is true
@@ -173,8 +177,38 @@ def test_rings_are_the_accuracy_loss_of_the_best_restarts_top_discrete_label():
     [rings] = [line for line in ax.lines if line.get_marker() == "o"]
     shown = alone[TRACE.restart == best].dropna()
     assert rings.get_ydata().tolist() == shown.tolist() and len(shown) < (TRACE.restart == best).sum()
-    assert ax.get_legend().get_texts()[0].get_text() == "accuracy loss of the top discrete label"
+    assert ax.get_legend().get_texts()[0].get_text() == "accuracy loss of the top label"
     assert not [line for line in plot.plot_losses(TRACE).lines if line.get_marker() == "o"]
+
+
+@pytest.mark.parametrize("weights", [dict(), dict(accuracy_weight=0.5, kl_weight=0.2, entropy_weight=1.0)], ids=["defaults", "others"])
+def test_weighted_terms_of_a_run_add_up_to_its_loss(tiny_lm, weights):
+    result = label_feature(WORDS_FEATURE, tiny_lm("llama"), steps=8, restarts=2, proposals=0, progress=False, **weights)
+    trace, kl, accuracy = result.trace, weights.get("kl_weight", 0.03), result.settings.accuracy_weight
+    terms = plot.weighted_terms(trace)
+    np.testing.assert_allclose(terms.accuracy_loss + terms.entropy + terms.kl, trace.loss, rtol=1e-6)
+    np.testing.assert_allclose(terms.accuracy_loss, accuracy * trace.accuracy_loss, rtol=1e-3)
+    np.testing.assert_allclose(terms.kl, kl * trace.kl, rtol=1e-3)
+    lines = {line.get_color(): line.get_ydata() for line in plot.plot_losses(trace).lines if line.get_linewidth() > 1 and len(line.get_xdata()) == 8}
+    drawn = lines[plot.COLORS["vermillion"]] + lines[plot.COLORS["blue"]] + lines[plot.COLORS["green"]]
+    np.testing.assert_allclose(drawn, lines["black"], rtol=1e-6)
+
+
+def test_weights_that_change_in_a_run_are_those_of_the_trace():
+    weight = np.where(TRACE.step < 40, 1.0, 2.0)
+    trace = TRACE.assign(accuracy_weight=weight, loss=TRACE.loss + (weight - 1) * TRACE.accuracy_loss)
+    terms = plot.weighted_terms(trace)
+    np.testing.assert_allclose(terms.accuracy_loss, weight * TRACE.accuracy_loss)
+    np.testing.assert_allclose(terms.kl, 0.05 * TRACE.kl)
+    terms = plot.weighted_terms(trace[:1])     # one row determines no weight: the usual ones, and the sum is right
+    np.testing.assert_allclose((terms.accuracy_loss + terms.entropy + terms.kl), trace.loss[:1])
+
+
+def test_the_title_says_where_the_descent_ends_if_not_at_the_label():
+    end = TRACE[TRACE.restart == plot.best_restart(TRACE)].tokens.iloc[-1][0]
+    same, other = RANKING.assign(token=[end, *RANKING.token[1:]]), RANKING.assign(token=["·Chinese", *RANKING.token[1:]])
+    assert "words: x" in shown(plot.plot_result(TRACE, same, title="words: x"))
+    assert f"words: x (the descent alone: {end})" in shown(plot.plot_result(TRACE, other, title="words: x"))
 
 
 def test_losses_are_those_of_the_trace_and_the_best_restart_is_bold():
@@ -406,6 +440,16 @@ def test_the_palette_of_a_png_keeps_the_colors(tmp_path):
     fig.savefig(buffer := io.BytesIO(), dpi=200)
     buffer.seek(0)
     assert np.abs(saved - plt.imread(buffer)[..., :3]).mean() < 0.001
+
+
+def test_a_caption_is_in_the_metadata_of_both_files(tmp_path):
+    fig = plot.plot_accuracy(TRACE).figure
+    png = plot.save_figure(fig, tmp_path / "a", pdf=True, caption="Accuracy of 动物.")
+    assert Image.open(png).text == {"Description": "Accuracy of 动物."}
+    assert b"/Subject" in png.with_suffix(".pdf").read_bytes()
+    assert Image.open(plot.save_figure(fig, tmp_path / "b")).text == {}
+    own = Image.open(plot.save_figure(FIGURES["result"](), tmp_path / "c")).text["Description"]
+    assert own.startswith("a label for 动物") and own.endswith("those of chance.")
 
 
 def test_one_png_a_dot_in_the_name_stays_and_the_folder_is_made(tmp_path):
