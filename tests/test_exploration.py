@@ -72,7 +72,7 @@ def test_with_constant_settings_it_takes_the_steps_of_ordinary_searches(tiny):
     discriminator = make_discriminator(tiny, tokenize(small(), tiny), STILL)
     searches = [Search(discriminator, replace(STILL, restarts=1, seed=3 + i)) for i in range(2)]
     for _ in range(6):
-        same = [row | {"restart": i} for i, [row] in enumerate(step(searches))]
+        same = [row | {"restart": i, "accuracy_weight": 1.0} for i, [row] in enumerate(step(searches))]
         pd.testing.assert_frame_equal(pd.DataFrame(exploration.step()), pd.DataFrame(same))
     assert all(torch.equal(one.v, other.v) for one, other in zip(exploration.searches, searches))
 

@@ -146,14 +146,11 @@ def _draw_restarts(ax: Axes, trace: pd.DataFrame, column: str, **line) -> Line2D
 
 # %% ../nbs/31_plot.ipynb #5b1c9e02
 def weighted_terms(
-    trace: pd.DataFrame,    # one row per step and restart: loss, accuracy_loss, entropy, kl, entropy_weight; if known
-                            # accuracy_weight, and discrete_accuracy_loss or NaN
+    trace: pd.DataFrame,    # one row per step and restart: loss, accuracy_loss, entropy and entropy_weight; accuracy_weight
+                            # if it is not 1; if known discrete_accuracy_loss, or NaN
 ) -> pd.DataFrame:          # the trace with terms in place of their unweighted values
     "The accuracy loss, the entropy and the KL, each times its weight: they add up to the loss."
-    entropy, unknown = trace.entropy_weight * trace.entropy, trace[["accuracy_loss", "kl"]].to_numpy()
-    usual = np.array([1, 0.03])     # the default weights, for traces that do not determine both
-    found = usual + np.linalg.lstsq(unknown, trace.loss - entropy - unknown @ usual, rcond=1e-5)[0]
-    weight = trace.get("accuracy_weight", found[0])
+    entropy, weight = trace.entropy_weight * trace.entropy, trace.get("accuracy_weight", 1.0)
     losses = {name: weight * trace[name] for name in ("accuracy_loss", "discrete_accuracy_loss") if name in trace}
     return trace.assign(**losses, entropy=entropy, kl=trace.loss - entropy - losses["accuracy_loss"])
 
@@ -161,7 +158,7 @@ def weighted_terms(
 @style()
 def plot_losses(
     trace: pd.DataFrame,        # one row per step and restart: step, restart, loss, accuracy_loss, entropy, kl and
-                                # entropy_weight; if known accuracy_weight, and discrete_accuracy_loss or NaN
+                                # entropy_weight; accuracy_weight if it is not 1; if known discrete_accuracy_loss, or NaN
     ax: Axes | None = None,     # where to draw; None: a new figure
 ) -> Axes:
     "The loss and the three weighted terms that add up to it; rings: the accuracy loss of the best restart's top label alone."

@@ -130,7 +130,8 @@ def __repr__(self: LabelResult) -> str:
 def plot(self: LabelResult) -> "matplotlib.figure.Figure":
     "Losses, top tokens, accuracy loss against KL, accuracy per class and held-out scores."
     from tokenlabel.plot import plot_result  # matplotlib takes a second to import, and a label needs no picture
-    return plot_result(self.trace, self.ranking, None if self.heldout.empty else self.heldout,
+    trace = self.trace.assign(accuracy_weight=self.settings.accuracy_weight)
+    return plot_result(trace, self.ranking, None if self.heldout.empty else self.heldout,
                        f"{self.feature.name}: {self.ranking.token[0]}")
 
 # %% ../nbs/15_result.ipynb #85a13dde

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D, Transform
 
-from .plot import COLORS, WIDTH, _shorten, drawable, style
+from .plot import COLORS, _shorten, drawable, style
 
 # %% ../nbs/35_summary.ipynb #716e4e18
 VERDICTS = {"reproduced": ("✔", COLORS["blue"]), "consistent": ("≈", COLORS["gray"]),
@@ -148,7 +148,7 @@ def plot_summary(
     _check_verdicts(verdicts)
     table, share, score = pd.DataFrame(verdicts), "Seeds that agree\nwith the paper", "Held-out AUROC"
     with style():
-        fig = Figure(figsize=(2 * WIDTH + 0.2, 1))
+        fig = Figure(figsize=(7, 1))
         cells = [_cells(fig, row) for row in verdicts]
         limits = min(0.45, table.evaluator_low.min() - 0.05, min(map(min, table.auroc)) - 0.05), 1.04
         swarms = [_swarm(np.array(auroc) * COLUMNS[score][1] / np.ptp(limits), DOT) for auroc in table.auroc]
@@ -177,5 +177,5 @@ def plot_summary(
         names = {"one seed": seed, "chance": chance, "evaluator given the right label, 95 % interval": evaluator,
                  "share of seeds, 95 % interval": seeds}
         fig.legend([*names.values()], [*names], loc="upper left", bbox_to_anchor=(8, edges[-1] + 8),
-                   bbox_transform=page, ncols=2, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=1.2)
+                   bbox_transform=page, ncols=2, fontsize=7, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=1.2)
     return fig

@@ -42,7 +42,7 @@ def draw(view: View) -> tuple[bytes, bytes]:  # PNG
     names = [name for name in dict.fromkeys([view.ranking.token[0], view.top[0][0]]) if name in known]
     files = io.BytesIO(), io.BytesIO()
     with style():
-        for file, left, right in zip(files, (0.11, 0.16), (0.79, 0.98)):  # the losses have their names on the right
+        for file, left, right in zip(files, (0.11, 0.16), (0.75, 0.98)):  # the losses have their names on the right
             figure = Figure(figsize=(4.2, 2.6), dpi=120)
             ax = figure.add_axes((left, 0.17, right - left, 0.72))
             if file is files[0]: plot_losses(view.trace, ax)
