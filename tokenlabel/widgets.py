@@ -31,7 +31,7 @@ from .exploration import STYLE, WORDS, Exploration, View, data_html, live_settin
 from .feature import Feature
 from .lm import LM, load_lm
 from .phase import load_maps, phase_map_svg
-from .plot import drawable, plot_losses, plot_plane, style
+from .plot import drawable, plot_losses, plot_plane, style, weighted_terms
 from .search import has_collapsed
 from .settings import FIELDS, Settings
 
@@ -54,9 +54,10 @@ def draw(view: View) -> tuple[bytes, bytes]:  # PNG
 def describe(view: View) -> tuple[str, str]:
     "The two pictures in words."
     losses, best = view.losses, view.ranking.iloc[0]
-    first = view.trace[view.trace.restart == view.restart].iloc[0]
-    return (f"Losses over {view.step} steps. The best restart has loss {losses['loss']:.2f}, accuracy loss "
-            f"{losses['accuracy_loss']:.2f}, entropy {losses['entropy']:.2f} and KL {losses['kl']:.2f}, in nats.",
+    run = view.trace[view.trace.restart == view.restart]
+    first, terms = run.iloc[0], weighted_terms(run).iloc[-1]
+    return (f"Weighted losses over {view.step} steps. At the last one the best restart has loss {terms.loss:.2f}, the sum of "
+            f"accuracy loss {terms.accuracy_loss:.2f}, entropy {terms.entropy:.2f} and KL {terms.kl:.2f}, in nats.",
             f"The plane of KL and accuracy loss. The best soft label went from KL {first.kl:.1f} and accuracy loss "
             f"{first.accuracy_loss:.2f} to {losses['kl']:.1f} and {losses['accuracy_loss']:.2f}. The best single token, "
             f"{drawable(best.token)}, is at {best.kl:.1f} and {best.accuracy_loss:.2f}.")
