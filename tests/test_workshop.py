@@ -4,12 +4,14 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
 
 from tokenlabel import workshop
 from tokenlabel.cli import main
+from tokenlabel.live import SAE, latents
 from tokenlabel.workshop import Feedback, FunctionCheck, draw_words, learner_copy, read_exercises, solve, write_lessons, write_solutions
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "workshop"
@@ -69,6 +71,7 @@ def test_mistakes_as_learners_write_them(check, learner, said):
     ("auroc", lambda z, a: __import__("sklearn.metrics").metrics.roc_auc_score(a, z)),
     ("kl", lambda p, q: torch.nn.functional.kl_div(q.log(), p, reduction="sum")),
     ("false_alarms", lambda z, a: np.float32((z[~a] > 0).float().mean())),
+    ("balanced_accuracy", lambda said, a: __import__("sklearn.metrics").metrics.balanced_accuracy_score(a, said)),
 ])
 def test_other_ways_to_be_right(check, learner):
     assert CHECKS[f"check_{check}"](learner).right
@@ -132,6 +135,31 @@ def test_verdicts_on_evaluators(verdicts, right, said):
     assert feedback.right == right and said in feedback.message
 
 
+@pytest.mark.parametrize("answer, right, said", [
+    (..., None, "dots"), ("one", False, "the number of a latent is needed"), (7, False, "choose a latent of the table: 1, 2, 3"),
+    (1, False, "holds in a new text. The latent fires where the label says: We saw [three 9]"), (2, False, "0.55 only"),
+    (3, True, "silent in this text: Some context"), (torch.tensor(3), True, "0.95"), (np.int64(3), True, "0.95")])
+def test_a_label_with_a_high_score_that_is_wrong(answer, right, said, monkeypatch):
+    texts = {1: ("We saw [three 9]", 9.0), 2: ("Music", 0.0), 3: ("Some context", 0.0)}
+    monkeypatch.setattr(workshop, "NEW_TEXTS", {number: text for number, (text, _) in texts.items()})
+    monkeypatch.setattr(workshop, "try_texts", lambda found, number, new: pd.DataFrame([texts[number]], columns=["text", "activation"]))
+    labels = pd.DataFrame(dict(label=[" numbers", " music", " context"], auroc=[0.9, 0.55, 0.95]), [1, 2, 3])
+    feedback = workshop.check_wrong_label(answer, labels, found=None)
+    assert feedback.right == right and said in feedback.message
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # with a start token, and without one
+def test_new_texts_show_where_a_latent_fires(family, tiny_lm):
+    lm, text = tiny_lm(family), "the cat and the dog"
+    always = dict(W_enc=torch.zeros(32, 2), b_enc=torch.tensor([2.0, -1.0]), W_dec=torch.ones(2, 32), b_dec=torch.zeros(32))
+    found = latents(lm, SAE("standard", "blocks.0.hook_resid_post", always, start=False), [text], progress=False)
+    rest = lm.encode(text)[1:]
+    shown, most = workshop.try_texts(found, 0, [text]).loc[0]
+    assert most == 2.0 and shown.count(" 2]") == len(rest) and not shown.startswith("[")  # the first token of a row never counts
+    assert re.sub(r"\[(.+?) 2\]", r"\1", shown) == text
+    assert workshop.try_texts(found, 1, [text]).loc[0].tolist() == [text, 0.0]
+
+
 def test_feedback_is_shown_with_a_sign_and_escaped():
     shown = Feedback(False, "p < 0")._repr_html_()
     assert "✗" in shown and "p &lt; 0" in shown and "✓" in repr(Feedback(True, ""))
@@ -152,8 +180,8 @@ def test_names_on_a_line_do_not_cover_each_other():
 
 # the lessons
 
-def test_there_are_five_lessons_of_two_to_four_exercises():
-    assert [path.name[0] for path in LESSONS] == list("12345")
+def test_there_are_six_lessons_of_two_to_four_exercises():
+    assert [path.name[0] for path in LESSONS] == list("123456")
     for path in LESSONS:
         exercises = read_exercises(read(path))
         assert 2 <= len(exercises) <= 4 and all(1 <= e.minutes <= 15 for e in exercises), path.name
@@ -260,7 +288,7 @@ def test_the_learners_work_is_kept(tmp_path):
 
 
 def test_the_command_writes_copies_and_keeps_those_that_are_there(tmp_path, capsys):
-    assert main(["lessons", str(tmp_path / "mine")]) == 0 and "5 lessons written" in capsys.readouterr().out
+    assert main(["lessons", str(tmp_path / "mine")]) == 0 and "6 lessons written" in capsys.readouterr().out
     assert main(["lessons", str(tmp_path / "mine")]) == 0
     said = capsys.readouterr().out
     assert "kept as they are: 1_soft_labels.ipynb" in said and "0 lessons written" in said

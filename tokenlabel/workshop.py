@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_softmax', 'check_entropy', 'check_embedding', 'check_log_prob', 'check_gain', 'check_auroc', 'check_bce',
-           'check_kl', 'check_decided', 'check_best', 'check_false_alarms', 'check_tipping_point', 'Exercise', 'WEB',
-           'GUARD', 'Feedback', 'as_numbers', 'same', 'shown', 'FunctionCheck', 'missing', 'check_choices',
-           'check_temperature', 'check_alone', 'check_entropy_weight', 'decided', 'check_price', 'check_verdicts',
-           'read_exercises', 'solve', 'write_solutions', 'learner_copy', 'write_lessons', 'next_tokens', 'word_logits',
-           'word_groups', 'compare_labels', 'descend_alone', 'draw_triangle', 'draw_tokens', 'draw_words',
-           'draw_losses']
+           'check_kl', 'check_decided', 'check_best', 'check_false_alarms', 'check_tipping_point',
+           'check_balanced_accuracy', 'NEW_TEXTS', 'Exercise', 'WEB', 'GUARD', 'Feedback', 'as_numbers', 'same',
+           'shown', 'FunctionCheck', 'missing', 'check_choices', 'check_temperature', 'check_alone',
+           'check_entropy_weight', 'decided', 'check_price', 'check_verdicts', 'check_wrong_label', 'read_exercises',
+           'solve', 'write_solutions', 'learner_copy', 'write_lessons', 'next_tokens', 'word_logits', 'word_groups',
+           'compare_labels', 'descend_alone', 'marked', 'try_texts', 'rule_accuracy', 'draw_triangle', 'draw_tokens',
+           'draw_words', 'draw_losses']
 
 # %% ../nbs/46_workshop.ipynb #dc6d9e33
 from base64 import b64encode
@@ -19,7 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from math import exp, log
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 import mimetypes
 import re
@@ -34,6 +35,7 @@ from torch import Tensor, tensor, xlogy
 from torch.nn.functional import softplus
 
 from .feature import Feature, active_documents
+from .live import Latents, encode, find_site, read_vectors, start_tokens
 from .lm import LM
 from .plot import COLORS, drawable, style
 from .rank import rank_labels
@@ -329,6 +331,39 @@ def check_verdicts(my_verdicts: Mapping[str, str], auroc: Mapping[str, tuple[flo
                        f"{name}: an AUROC of {value:.2f} with an interval from {low:.2f} is {why}.")
     return check_choices(my_verdicts, right, ("can", "cannot"), "the verdict", "This check takes a minute, before any run.")
 
+# %% ../nbs/46_workshop.ipynb #3c087fe9
+check_balanced_accuracy = FunctionCheck(
+    [(tensor([True, True, True, False] + [True, True] + [False] * 8), torch.arange(14) < 4)],
+    lambda said, active: (said[active].double().mean() + (~said[~active]).double().mean()) / 2, lambda right, said, active: {
+        "this is the accuracy: the larger class decides. First take one share for each class.": (said == active).double().mean(),
+        "these are the hits alone. A rule that says yes to every text has all hits.": said[active].double().mean(),
+        "these are the silent texts alone. The active texts are missing.": (~said[~active]).double().mean(),
+        "in a silent text, no is the right answer.": (said[active].double().mean() + said[~active].double().mean()) / 2,
+        "each class counts half. Divide the sum by 2.": 2 * right,
+        "this is the hits minus the false alarms. Take the mean of the two shares of right answers.": 2 * right - 1,
+        "this is a share of all yes. Divide by the size of each class instead.": active[said].double().mean()},
+    "A rule that always says yes, or always no, has a balanced accuracy of 0.5.")
+
+# %% ../nbs/46_workshop.ipynb #c7472f83
+# for each latent of the exercise, a text with what its label names
+NEW_TEXTS = {2959: "They saw 7 dogs and 25 trees in 1990.", 1419: "The bread costs a few cents, the milk some dollars and a penny.",
+             1049: "A bird can fly, and a fish cannot.", 2375: "They play music at concerts."}
+
+
+def check_wrong_label(
+    my_latent: int,
+    labels: pd.DataFrame,  # index: latent; columns: label, auroc
+    found: Latents,
+) -> Feedback:
+    "Check which latent has a wrong label with a high score. A right label holds in a new text."
+    if wrong := missing(my_latent, Integral, "the number of a latent"): return wrong
+    if (my_latent := int(my_latent)) not in NEW_TEXTS: return Feedback(False, f"choose a latent of the table: {', '.join(map(str, NEW_TEXTS))}.")
+    label, auroc = labels.loc[my_latent, ["label", "auroc"]]
+    [(text, activation)] = try_texts(found, my_latent, [NEW_TEXTS[my_latent]]).itertuples(index=False)
+    if auroc < 0.7: return Feedback(False, f"{label!r} has an AUROC of {auroc:.2f} only, so the score warns you already.")
+    if activation: return Feedback(False, f"{label!r} holds in a new text. The latent fires where the label says: {text}")
+    return Feedback(True, f"{label!r} has an AUROC of {auroc:.2f}, and the latent is silent in this text: {text}")
+
 # %% ../nbs/46_workshop.ipynb #d617865a
 # cell: number of the cell in which the learner writes; the next cell is the check
 Exercise = namedtuple("Exercise", "title difficulty minutes hint solution cell")
@@ -474,6 +509,39 @@ def descend_alone(
     search = Search(make_discriminator(lm, tokenize(feature, lm), settings), settings)
     for _ in range(steps): [row] = search.step()
     return row
+
+# %% ../nbs/46_workshop.ipynb #a82028a5
+def marked(lm: LM, tokens: Sequence[str], values: Sequence[float]) -> str:
+    "A text in which the tokens that fire stand in brackets, with their activation."
+    text = ""
+    for token, value in zip(tokens, values):
+        part = lm.tokenizer.convert_tokens_to_string([token])
+        text += f"{' ' * part.startswith(' ')}[{part.strip()} {value:.0f}]" if value > 0 else part
+    return " ".join(text.split())
+
+
+def try_texts(
+    found: Latents,
+    number: int,  # of the latent
+    texts: Sequence[str],
+) -> pd.DataFrame:  # text, with the tokens that fire in brackets; activation, the largest
+    "Where a latent fires in new texts. The first token never counts."
+    lm, sae, rows = found.lm, found.sae, []
+    for text in texts:
+        ids = start_tokens(lm, sae) + lm.encode(text)
+        values = encode(sae, read_vectors(lm, find_site(lm, sae.hook, sae.side), torch.tensor([ids])))[0, :, number].cpu()
+        values[0] = 0
+        rows.append((marked(lm, lm.tokenizer.convert_ids_to_tokens(ids), values.tolist()), float(values.max())))
+    return pd.DataFrame(rows, columns=["text", "activation"])
+
+# %% ../nbs/46_workshop.ipynb #6e9dcba1
+def rule_accuracy(
+    words: pd.DataFrame,  # of a `LabelResult` of running texts
+    rule: Sequence[str],  # word types, in lower case
+) -> float:
+    "The balanced accuracy of the rule that a feature fires where one of the words is, on the held-out texts."
+    texts = words.assign(said=words.type.isin(rule), active=words.activation > 0)[words.heldout].groupby("text")
+    return float(check_balanced_accuracy.right(*(tensor(texts[name].any().to_numpy()) for name in ("said", "active"))))
 
 # %% ../nbs/46_workshop.ipynb #852272b4
 @style()
