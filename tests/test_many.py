@@ -165,7 +165,7 @@ def some_jobs(number):
 
 
 def same(a, b):
-    "The last bits of a sum may depend on where a process puts its numbers in memory."
+    "Equal but for the last bits of a sum, in which two processes may differ."
     for one, other in (a.trace, b.trace), (a.ranking, b.ranking), (a.heldout, b.heldout):
         pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
     return (a.label, a.soft["label"], a.settings, a.threads) == (b.label, b.soft["label"], b.settings, b.threads)

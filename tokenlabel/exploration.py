@@ -128,7 +128,7 @@ def step(
     settings = self.settings
     self.resize(settings.restarts)
     for search in self.searches: search.configure(settings)
-    rows = [row | {"restart": i, "accuracy_weight": self.settings.accuracy_weight} for i, [row] in enumerate(step(self.searches))]
+    rows = [row | {"restart": i, "accuracy_weight": settings.accuracy_weight} for i, [row] in enumerate(step(self.searches))]
     self.done += 1
     self.trace += rows
     with self.lock:

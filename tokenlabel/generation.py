@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .feature import check_lists
-from .live import Latents, encode, find_site, hooked, read_vectors, start_tokens, width_of
+from .live import Latents, find_site, hooked, start_tokens
 from .lm import LM
 
 # %% ../nbs/29_generation.ipynb #bef8e6ed
@@ -57,14 +57,10 @@ def generation_score(
     place = found._place(number)
     kept = found.drawn.values[place].amax(-1)
     if not (kept > 0).any(): raise ValueError(f"latent {number} is dead on the texts that were read; nothing says when it fires")
-    least, rows = float(kept[kept > 0].median()), []
-    site = find_site(found.lm, found.sae.hook, found.sae.side)
-    only = None if len(found) == width_of(found.sae, site) else found.numbers
-    begin = start_tokens(found.lm, found.sae)
+    least, rows, begin = float(kept[kept > 0].median()), [], start_tokens(found.lm, found.sae)
     for one in (label, *others):
         texts = torch.tensor([begin + ids for ids in write_texts(found.lm, one, count, seed=seed)])
-        values = encode(found.sae, read_vectors(found.lm, site, texts), only)[:, 1:, place]
-        rows.append((one, float((values.amax(1) >= least).float().mean())))
+        rows.append((one, float((found.activations(number, texts).amax(1) >= least).float().mean())))
     return pd.DataFrame(rows, columns=["label", "fires"])
 
 # %% ../nbs/29_generation.ipynb #8381a121

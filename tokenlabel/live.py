@@ -503,3 +503,17 @@ def latents(
 def sample_texts() -> list[str]:
     "Texts that the default model wrote, for trying things out."
     return json.loads((PACKAGED / "texts.json").read_text(encoding="utf-8"))
+
+# %% ../nbs/28_live.ipynb #5c6606e8
+@patch
+def activations(
+    self: Latents,
+    number: int,  # of the latent
+    ids: Tensor,  # [rows, tokens]
+) -> Tensor:  # float32 [rows, tokens]
+    "Where a latent fires in other texts. The first token of a row does not count, and has 0. Raises IndexError as `[]` does."
+    place, site = self._place(number), find_site(self.lm, self.sae.hook, self.sae.side)
+    only = None if len(self) == width_of(self.sae, site) else self.numbers
+    values = encode(self.sae, read_vectors(self.lm, site, ids), only)[..., place].cpu()
+    values[:, 0] = 0
+    return values

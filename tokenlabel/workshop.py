@@ -35,7 +35,7 @@ from torch import Tensor, tensor, xlogy
 from torch.nn.functional import softplus
 
 from .feature import Feature, active_documents
-from .live import Latents, encode, find_site, read_vectors, start_tokens
+from .live import Latents, start_tokens
 from .lm import LM
 from .plot import COLORS, drawable, style
 from .rank import rank_labels
@@ -526,11 +526,10 @@ def try_texts(
     texts: Sequence[str],
 ) -> pd.DataFrame:  # text, with the tokens that fire in brackets; activation, the largest
     "Where a latent fires in new texts. The first token never counts."
-    lm, sae, rows = found.lm, found.sae, []
+    lm, rows = found.lm, []
     for text in texts:
-        ids = start_tokens(lm, sae) + lm.encode(text)
-        values = encode(sae, read_vectors(lm, find_site(lm, sae.hook, sae.side), torch.tensor([ids])))[0, :, number].cpu()
-        values[0] = 0
+        ids = start_tokens(lm, found.sae) + lm.encode(text)
+        [values] = found.activations(number, torch.tensor([ids]))
         rows.append((marked(lm, lm.tokenizer.convert_ids_to_tokens(ids), values.tolist()), float(values.max())))
     return pd.DataFrame(rows, columns=["text", "activation"])
 
