@@ -195,7 +195,7 @@ def test_a_run_moves_label_pictures_and_sliders(page):
     at_step(page, 12)
     expect(page.locator(".tl-top")).not_to_have_text(label)
     expect(page.locator("img.tl-losses")).not_to_have_attribute("src", first)
-    expect(page.locator("img.tl-losses")).to_have_attribute("alt", re.compile(r"Losses over \d+ steps"))
+    expect(page.locator("img.tl-losses")).to_have_attribute("alt", re.compile(r"Weighted losses over \d+ steps"))
     assert float(readout(page, "temperature").inner_text()) < 0.8
     assert page.get_by_role("checkbox").is_checked(), "annealing moved the slider, not a hand"
     if os.environ.get("SCREENSHOTS"): at_step(page, 36)  # the label is a word by then
@@ -238,6 +238,8 @@ def test_a_tile_of_the_map_moves_the_sliders_by_mouse_and_by_keyboard(page):
 
 
 def test_a_slider_moved_while_it_runs_acts_without_starting_over(page):
+    press(page, "Restart")  # so that the run lasts until a later test pauses it
+    expect(status(page)).to_have_text("paused after step 1")
     press(page, "Run")
     before = steps(page)
     slider(page, "KL weight").focus()
