@@ -4,6 +4,8 @@ from dataclasses import asdict, replace
 from math import ceil
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 
 from tokenlabel.cli import main
@@ -12,8 +14,9 @@ from tokenlabel.feature import Feature
 from tokenlabel.files import write_json
 from tokenlabel.label import begin, conclude, label_feature, run
 from tokenlabel.notebooks import list_experiments, run_experiment
-from tokenlabel.paper import (PAPER, Verdict, claim_settings, failure_cause, load_verdicts, make_verdict, overview, reproduce,
-                              sum_up, verdict_table)
+from tokenlabel.paper import (PAPER, Verdict, claim_settings, failure_cause, load_verdicts, make_verdict, mean_auroc, overview,
+                              reproduce, score_right, sum_up, typical_seed, verdict_table)
+from tokenlabel.score import auroc
 from tokenlabel.search import Search
 from tokenlabel.settings import Settings
 from tokenlabel.tokenize import tokenize
@@ -25,10 +28,10 @@ FRUIT = Feature.from_words("fruit", "apple banana cherry lemon peach grape plum 
 def example(**changes) -> Verdict:
     "A verdict with invented numbers."
     return replace(Verdict(
-        experiment="animals", form="isolated words", paper="converges to `animal`", labels=["·animal", "·animals"],
-        matches=[True, True], auroc=[.9, 1.], balanced_accuracy=[.8, .9], evaluator_auroc=.95, evaluator_low=.9,
-        evaluator_high=1., evaluator="can", share=1., low=.34, high=1., verdict="reproduced", reason="", details=[], lm="some",
-        discriminator="channel", preset="default", seconds=10., descent=[" animal", " animal"], descent_matches=[True, False]), **changes)
+        experiment="animals", form="isolated words", paper="converges to `animal`", descent=["·animal", "·mouse"],
+        descent_matches=[True, False], labels=["·animal", "·animals"], matches=[True, True], auroc=[.9, 1.], found=[.95, .9, 1.],
+        right=[.95, .9, 1.], shared=.5, verdict="reproduced", reason="", details=[], lm="some", discriminator="channel",
+        preset="default", seconds=10.), **changes)
 
 
 # the paper's settings
@@ -76,12 +79,16 @@ def test_wrong_names_and_no_held_out_words_are_refused(tiny_lm, tmp_path):
 
 # verdicts
 
+FRUITS = replace(PAPER["numbers"], labels=("fruit", "fruits"))
+
+
 @pytest.fixture(scope="module")
 def found(lm):
-    "Two seeds of an easy feature, and the check."
+    "Two seeds of an easy feature, the right labels and held-out words of each, and the check."
     one = dict(prompts=["Examples of {label}:"])
     results = [label_feature(FRUIT, lm, steps=10, restarts=1, seed=seed, progress=False, **one) for seed in (0, 1)]
-    return results, check_evaluator(FRUIT, lm, ["fruit", "fruits"], **one)
+    scored = [score_right(result, lm, FRUITS) for result in results]
+    return results, scored, check_evaluator(FRUIT, lm, FRUITS.labels, **one)
 
 
 @pytest.mark.parametrize("label, right", [(" animal", True), ("Animals", True), (" ANIMALS ", True), (" animate", False)])
@@ -92,19 +99,43 @@ def test_number_and_case_are_the_only_leniency(found, label, right):
 @pytest.mark.parametrize("matches, of, word", [(9, 10, "reproduced"), (8, 10, "partly"), (5, 5, "reproduced"), (4, 5, "partly"),
                                                (5, 10, "partly"), (4, 10, "deviates")])
 def test_nine_in_ten_are_reproduced_and_half_are_partly(found, matches, of, word):
-    results, check = found
+    results, scored, check = found
     seeds = overview([results[0]] * of, ["fruit"])
     seeds["match"] = [True] * matches + [False] * (of - matches)
-    made = make_verdict(PAPER["numbers"], seeds, check, results, [("search", "a"), ("search", "b")])
+    made = make_verdict(FRUITS, seeds, [scored[0][1]] * of, [results[0]] * of, [("search", "a"), ("search", "b")])
     assert (made.verdict, made.reason, made.details) == (word, "the search missed a better label (2 seeds)", ["a", "b"])
-    assert made.low < made.share <= made.high and made.evaluator_low <= made.evaluator_auroc <= made.evaluator_high
+    assert made.shared == 1 and all(low <= value <= high for value, low, high in (made.found, made.right))
     json.dumps(asdict(made))  # plain data
 
 
 def test_a_failure_that_is_found_again_is_only_consistent_with_the_paper(found):
-    results, check = found
+    results, scored, check = found
     seeds = overview([results[0]] * 5, ["fruit"]).assign(match=True)
-    assert make_verdict(PAPER["palindromes"], seeds, check, results).verdict == "consistent"
+    assert make_verdict(PAPER["palindromes"], seeds, [scored[0][1]] * 5, results).verdict == "consistent"
+
+
+def test_the_right_label_is_scored_on_the_held_out_words_of_the_seed(found):
+    for result, (ranking, examples) in zip(*found[:2]):
+        assert set(examples.word) == result.feature.heldout_types(result.settings.heldout, result.settings.seed)
+        assert {label.strip().casefold() for label in ranking.label} <= {"fruit", "fruits"}
+        assert auroc(examples.found, examples.activation) == pytest.approx(result.ranking.auroc_heldout[0])
+        assert auroc(examples.right, examples.activation) == pytest.approx(ranking.auroc_heldout[0])
+
+
+def test_seeds_with_the_same_words_are_no_more_evidence_than_one_and_others_are():
+    random = np.random.default_rng(0)
+    def draw(n): return pd.DataFrame({"word": [f"{n} {i}" for i in range(30)], "activation": [1., 0.] * 15,
+                                      "found": random.normal(size=30) + [1, 0] * 15})
+    one, *others = [draw(n) for n in range(10)]
+    value, low, high = mean_auroc([one], "found")
+    assert mean_auroc([one] * 10, "found") == pytest.approx([value, low, high])
+    assert np.ptp(mean_auroc([one, *others], "found")[1:]) < (high - low) / 2
+    assert low < value == pytest.approx(auroc(one.found, one.activation)) < high
+
+
+def test_the_figure_shows_the_seed_of_median_loss_among_those_of_the_usual_label(found):
+    def result(label, loss): return replace(found[0][0], label=label, ranking=found[0][0].ranking.assign(loss=loss))
+    assert typical_seed([result(" pig", 0.), result(" cat", 3.), result(" cat", 1.), result(" cat", 2.)]) == 3
 
 
 def test_the_label_of_the_descent_is_the_argmax_of_the_best_restart(lm):
@@ -117,18 +148,17 @@ def test_the_label_of_the_descent_is_the_argmax_of_the_best_restart(lm):
 
 
 def test_the_cause_is_the_search_if_a_right_word_has_the_lower_loss(found, lm):
-    results, check = found
-    worse, better = (replace(results[0], ranking=results[0].ranking.assign(loss=loss)) for loss in (99., -1.))
-    assert failure_cause(worse, lm, ["fruit"], check)[0] == "search"
-    assert failure_cause(better, lm, ["fruit"], replace(check, verdict="can"))[0] == "objective"
-    cannot = replace(check, verdict="cannot", sentence="no")
-    assert failure_cause(better, lm, ["fruit"], cannot) == ("evaluator", "the evaluator cannot do it: no")
-    assert failure_cause(better, lm, ["palindrome"], check)[0] == "evaluator"  # of several tokens
+    results, scored, check = found
+    (worse, better), ranking = (replace(results[0], ranking=results[0].ranking.assign(loss=loss)) for loss in (99., -1.)), scored[0][0]
+    can, cannot = replace(check, verdict="can"), replace(check, verdict="cannot", sentence="no")
+    assert failure_cause(worse, ranking, ["fruit"], can)[0] == "search"
+    assert failure_cause(better, ranking, ["fruit"], can)[0] == "objective"
+    assert failure_cause(better, ranking, ["fruit"], cannot) == ("evaluator", "the evaluator cannot do it: no")
+    assert failure_cause(better, ranking, ["palindrome"], can)[0] == "evaluator"  # of several tokens
 
 
 def test_verdicts_come_back_in_the_papers_order_and_sum_up(tmp_path):
-    numbers = example(experiment="numbers", verdict="deviates", share=0., labels=["·金", "·age"], matches=[False, False],
-                      low=0., high=.66, reason="so", descent=[], descent_matches=[])
+    numbers = example(experiment="numbers", verdict="deviates", labels=["·金", "·age"], matches=[False, False], reason="so")
     for name, one in ("numbers", numbers), ("animals_texts", example(form="running text")), ("animals_words", example()):
         write_json(tmp_path / f"{name}.json", "verdict", asdict(one))
     assert load_verdicts(tmp_path) == [example(), example(form="running text"), numbers] == sum_up(tmp_path)
@@ -136,7 +166,7 @@ def test_verdicts_come_back_in_the_papers_order_and_sum_up(tmp_path):
     table = verdict_table(load_verdicts(tmp_path)).splitlines()
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1
     assert "1 × `·金`" in table[-1] and "**deviates**: so" in table[-1]
-    assert "| 2 × `·animal` | 1 of 2 |" in table[2] and "not measured" in table[-1]
+    assert "| 1 of 2: 1 × `·animal`, 1 × `·mouse` | 2 of 2: 1 × `·animal`, 1 × `·animals` | 0.95 [0.90, 1.00] |" in table[2]
 
 
 def test_a_verdict_of_another_version_is_named(tmp_path):

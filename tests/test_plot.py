@@ -75,9 +75,9 @@ def make_verdict(**changes):
     "A row of a summary, ten seeds."
     row = dict(experiment="animals", form="running text", paper="converges to `animal`",
                labels=["·animal"] * 8 + ["·animals"] * 2, matches=[True] * 8 + [False] * 2,
-               auroc=[.9, .91, .92, .93, .94, .94, .94, .95, .99, 1.0], share=.8, low=.49, high=.94,
-               evaluator_auroc=.97, evaluator_low=.93, evaluator_high=1.0, verdict="reproduced", reason="most seeds agree")
-    return row | changes
+               auroc=[.9, .91, .92, .93, .94, .94, .94, .95, .99, 1.0], found=[.942, .9, .97], right=[.97, .93, 1.0],
+               verdict="reproduced", reason="most seeds agree")
+    return dict(descent_matches=changes.get("matches", row["matches"])) | row | changes
 
 
 VERDICTS = [
@@ -85,11 +85,10 @@ VERDICTS = [
     make_verdict(experiment="Chinese", labels=["·中文", "⟨E4 B8⟩", "·" + "W" * 60 + "ing", "ཀ", *["·中文"] * 6],
                  form="isolated words", auroc=[1.0] * 10),
     make_verdict(experiment="palindromes", paper="fails (goes to `a`): the evaluator cannot do it, as it cannot spell",
-                 labels=[f"·word{i}" for i in range(10)], matches=[False] * 10, share=0, low=0, high=.28,
-                 auroc=[.2, .25, .3, .35, .4, .5, .5, .6, .6, .7],
-                 evaluator_auroc=.52, evaluator_low=.4, evaluator_high=.6, verdict="deviates", reason="labels of `$x_1$` ≥ 10 kinds, each found once only"),
-    make_verdict(experiment="mammals_balanced", form="words", labels=["·a"], matches=[True], auroc=[.5], share=1.0, low=.2,
-                 high=1.0, verdict="partly", reason=""),
+                 labels=[f"·word{i}" for i in range(10)], matches=[False] * 10,
+                 auroc=[.2, .25, .3, .35, .4, .5, .5, .6, .6, .7], found=[.44, .3, .5], right=[.52, .4, .6], verdict="deviates", reason="labels of `$x_1$` ≥ 10 kinds, each found once only"),
+    make_verdict(experiment="mammals_balanced", form="words", labels=["·a"], matches=[True], descent_matches=[False],
+                 auroc=[.5], found=[.5, .4, .6], verdict="partly", reason=""),
     *[make_verdict(experiment=f"number {i}", labels=["·animal"] * 20, matches=[True] * 20, auroc=[1 - i / 20] * 20)
       for i in range(2)]]
 
@@ -327,27 +326,27 @@ def test_every_row_of_a_summary_is_shown_with_its_numbers():
     words, (shares, scores) = [t.get_text() for t in texts(fig)], fig.axes
     names = ["animals", "Chinese", "palindromes", "balanced", "number 0", "number 1"]
     assert [words.count(name) for name in names] == [1] * len(VERDICTS) and "⟨⟩" not in words
-    assert [t.get_text() for t in shares.get_yticklabels()] == ["8/10"] * 2 + ["0/10", "1/1"] + ["20/20"] * 2
-    point, = [line for line in shares.lines if line.get_marker() == "s"]
-    assert point.get_xdata().tolist() == [row["share"] for row in VERDICTS]
-    ends = [[x for x, _ in path] for path in shares.collections[0].get_segments()]
-    np.testing.assert_allclose(ends, [(row["low"], row["high"]) for row in VERDICTS])
-    evaluator, = [line for line in scores.lines if line.get_marker() == "D"]
-    assert evaluator.get_xdata().tolist() == [row["evaluator_auroc"] for row in VERDICTS]
+    assert [t.get_text() for t in shares.get_yticklabels()] == ["8 → 8/10"] * 2 + ["0 → 0/10", "0 → 1/1"] + ["20 → 20/20"] * 2
+    alone, ranked = [line.get_xdata().tolist() for line in shares.lines if line.get_marker() == "s"]
+    assert (alone, ranked) == ([.8, .8, 0, 0, 1, 1], [.8, .8, 0, 1, 1, 1])
+    for marker, name, bars in zip("sD", ("found", "right"), scores.collections):
+        mean, = [line for line in scores.lines if line.get_marker() == marker]
+        assert mean.get_xdata().tolist() == [row[name][0] for row in VERDICTS]
+        np.testing.assert_allclose([[x for x, _ in path] for path in bars.get_segments()], [row[name][1:] for row in VERDICTS])
     assert [line.get_xdata() for line in scores.lines if line.get_linestyle() == ":"] == [[.5, .5]]
 
 
-def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_the_evaluator():
+def test_a_dot_for_each_seed_in_its_row_none_over_another_or_over_a_mean():
     fig = summary.plot_summary(VERDICTS)
     fig.canvas.draw()
     scores, edges = fig.axes[1], sorted({line.get_ydata()[0] for line in fig.artists if isinstance(line, Line2D)})
     dots = [line for line in scores.lines if line.get_marker() == "o"]
     assert [line.get_xdata().tolist() for line in dots] == [row["auroc"] for row in VERDICTS]
-    evaluator, = [line for line in scores.lines if line.get_marker() == "D"]
+    found, right = [line for line in scores.lines if line.get_marker() in ("s", "D")]
     size = (dots[0].get_markersize() + 1e-6) * fig.dpi / 72
-    for line, lane, top, bottom in zip(dots, evaluator.get_ydata(), edges, edges[1:]):
+    for line, lane, below, top, bottom in zip(dots, found.get_ydata(), right.get_ydata(), edges, edges[1:]):
         y = np.array(line.get_ydata())
-        assert top + 1.5 < y.min() and y.max() + 1.5 + 1.75 < lane < bottom - 1.75
+        assert top + 1.5 < y.min() and y.max() + 1.5 + 1.75 < lane < below - 3.5 < bottom - 5.25
         at = scores.transData.transform(line.get_xydata())
         apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))[np.triu_indices(len(at), 1)]
         assert (apart >= size).all()

@@ -20,30 +20,28 @@ from matplotlib.transforms import Affine2D, Transform
 
 from .plot import COLORS, _shorten, drawable, style
 
-# %% ../nbs/35_summary.ipynb #716e4e18
+# %% ../nbs/35_summary.ipynb #19cf2280
 VERDICTS = {"reproduced": ("✔", COLORS["blue"]), "consistent": ("≈", COLORS["gray"]),
             "partly": ("◐", COLORS["orange"]), "deviates": ("✘", COLORS["vermillion"])}
 
 def _check_verdicts(verdicts: Sequence[dict]):
     "Raise ValueError for a row that misses something or contradicts itself."
     if not verdicts: raise ValueError("no verdicts: nothing to draw")
-    numbers = "auroc", "evaluator_auroc", "evaluator_low", "evaluator_high", "share", "low", "high"
     for i, row in enumerate(verdicts):
-        needed = ("experiment", "form", "paper", "labels", "matches", "verdict", "reason", *numbers)
+        needed = ("experiment", "form", "paper", "labels", "matches", "descent_matches", "auroc", "found", "right", "verdict", "reason")
         if missing := [key for key in needed if key not in row]:
             raise ValueError(f"row {i} of the verdicts has no {', '.join(missing)}")
         where = f"row {i} of the verdicts ({row['experiment']}, {row['form']})"
         if row["verdict"] not in VERDICTS:
             raise ValueError(f"{where} has verdict {row['verdict']!r}; it is one of {', '.join(VERDICTS)}")
-        if not 0 < len(row["labels"]) == len(row["matches"]) == len(row["auroc"]):
-            raise ValueError(f"{where} has {len(row['labels'])} labels, {len(row['matches'])} matches and "
-                             f"{len(row['auroc'])} AUROCs; it has one of each per seed")
-        for key in numbers:
-            if not all(0 <= value <= 1 for value in np.ravel(row[key])):
-                raise ValueError(f"{where} has {key} {row[key]}; it is from 0 to 1")
-        for low, middle, high in (("low", "share", "high"), ("evaluator_low", "evaluator_auroc", "evaluator_high")):
-            if not row[low] <= row[middle] <= row[high]:
-                raise ValueError(f"{where} has {middle} {row[middle]} outside its interval, {row[low]} to {row[high]}")
+        if not row["labels"] or len({len(row[key]) for key in ("labels", "matches", "descent_matches", "auroc")}) > 1:
+            raise ValueError(f"{where} has {len(row['labels'])} labels, {len(row['matches'])} and {len(row['descent_matches'])} "
+                             f"matches and {len(row['auroc'])} AUROCs; it has one of each per seed")
+        if bad := [value for key in ("auroc", "found", "right") for value in row[key] if not 0 <= value <= 1]:
+            raise ValueError(f"{where} has an AUROC of {bad[0]}; it is from 0 to 1")
+        for key in "found", "right":
+            value, low, high = row[key]
+            if not low <= value <= high: raise ValueError(f"{where} has {key} {value} outside its interval, {low} to {high}")
 
 # %% ../nbs/35_summary.ipynb #a60a7a72
 def _swarm(x: np.ndarray, gap: float) -> np.ndarray:
@@ -84,8 +82,8 @@ def _label_lines(text: Text, labels: Sequence[str], matches: Sequence[bool], wid
         lines.append(text.get_text() + tail)
     return lines + [f"+ {len(order) - len(shown)} others"] * (len(order) > len(shown))
 
-# %% ../nbs/35_summary.ipynb #af45ac3a
-LINE, DOT, LANE = 10, 3.4, 9        # points: a line of text, a dot with its gap, the lane of the evaluator below the dots
+# %% ../nbs/35_summary.ipynb #7bd0dc85
+LINE, DOT, LANE = 10, 3.4, 9        # points: a line of text, a dot with its gap, the lane of a mean below the dots
 COLUMNS = {                         # left edge and width in points; the figure is 504 wide
     "Experiment": (6, 62), "The paper": (72, 80), "Labels found\n(✓ as in the paper)": (158, 76),
     "Seeds that agree\nwith the paper": (242, 74), "Held-out AUROC": (336, 74), "Verdict": (434, 66)}
@@ -122,7 +120,7 @@ def _write_table(fig: Figure, page: Transform, edges: np.ndarray, cells: list, v
         symbol, color = VERDICTS[kind]      # beside its word, the first line of the last cell
         fig.text(x - 12, top, symbol, transform=page, fontsize=9, color=color, va="center_baseline")
 
-# %% ../nbs/35_summary.ipynb #4e5404f7
+# %% ../nbs/35_summary.ipynb #47c419eb
 def _panel(fig: Figure, column: str, edges: np.ndarray, xlim: tuple[float, float], indent: float = 0) -> Axes:
     "Axes over all rows of a column, `indent` points from its left edge; vertically in points from the top of the page."
     (left, width), page = COLUMNS[column], fig.get_size_inches() * 72
@@ -134,15 +132,11 @@ def _panel(fig: Figure, column: str, edges: np.ndarray, xlim: tuple[float, float
     ax.tick_params(axis="y", length=0)
     return ax
 
-def _intervals(ax: Axes, y: np.ndarray, low: pd.Series, value: pd.Series, high: pd.Series, marker: str, **look):
-    "One value with its interval for each row."
-    return ax.errorbar(value, y, xerr=[value - low, high - value], fmt=marker, markersize=3.5, elinewidth=1, capsize=2, **look)
-
-# %% ../nbs/35_summary.ipynb #da87e138
+# %% ../nbs/35_summary.ipynb #2e7d459e
 def plot_summary(
     verdicts: Sequence[dict],   # a row each: experiment, form, paper (what it says), verdict (of VERDICTS), reason;
-                                # a value per seed: labels, matches (is it the paper's?), auroc (held out); and, with
-                                # 95 % intervals: share, low, high (of matches), evaluator_auroc, evaluator_low, …_high
+                                # a value per seed: labels, matches and descent_matches (is it the paper's?), auroc (held out);
+                                # mean AUROC with a 95 % interval: found (the labels), right (the right label on the same words)
 ) -> Figure:                    # two columns wide, as high as the rows need
     "What the paper says and what was found, over all experiments and seeds. ValueError where a row is incomplete."
     _check_verdicts(verdicts)
@@ -150,32 +144,37 @@ def plot_summary(
     with style():
         fig = Figure(figsize=(7, 1))
         cells = [_cells(fig, row) for row in verdicts]
-        limits = min(0.45, table.evaluator_low.min() - 0.05, min(map(min, table.auroc)) - 0.05), 1.04
+        limits = min(0.45, min(map(min, [*table.auroc, *table.found, *table.right])) - 0.05), 1.04
         swarms = [_swarm(np.array(auroc) * COLUMNS[score][1] / np.ptp(limits), DOT) for auroc in table.auroc]
         piles = np.array([np.ptp(swarm) + DOT for swarm in swarms])
-        heights = [max(max(map(len, row)) * LINE, pile + LANE) + 10 for row, pile in zip(cells, piles)]
+        heights = [max(max(map(len, row)) * LINE, pile + 2 * LANE) + 10 for row, pile in zip(cells, piles)]
         edges = 28 + np.cumsum([0, *heights])       # 28 points for the names of the columns
-        centers, height = (edges[1:] + edges[:-1]) / 2, edges[-1] + 40
+        centers, height = (edges[1:] + edges[:-1]) / 2, edges[-1] + 46
         fig.set_figheight(height / 72)
         page = Affine2D().scale(1 / (72 * fig.get_figwidth()), -1 / height).translate(0, 1) + fig.transFigure
         _write_table(fig, page, edges, cells, table.verdict)
 
-        ax = _panel(fig, share, edges, (-0.04, 1.04), indent=22)     # room for "10/10"
-        seeds = _intervals(ax, centers, table.low, table.share, table.high, "s", color="black")
-        ax.set_yticks(centers, [f"{sum(matches)}/{len(matches)}" for matches in table.matches])
+        ax = _panel(fig, share, edges, (-0.04, 1.04), indent=40)     # room for "10 → 10/10"
+        alone, ranked = (np.array([np.mean(row) for row in table[name]]) for name in ("descent_matches", "matches"))
+        ax.hlines(centers, alone, ranked, color=COLORS["gray"], linewidth=1, zorder=1)
+        ends = [ax.plot(x, centers, "s", color="black", markersize=size, markerfacecolor=face, linestyle="")[0]
+                for x, size, face in ((alone, 5, "white"), (ranked, 3, "black"))]
+        ax.set_yticks(centers, [f"{sum(row.descent_matches)} → {sum(row.matches)}/{len(row.matches)}" for row in table.itertuples()])
         ax.set(xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], xlabel="share of seeds")
 
         ax = _panel(fig, score, edges, limits)
         chance = ax.axvline(0.5, color=COLORS["gray"], linestyle=":", linewidth=1)
         for auroc, swarm, center in zip(table.auroc, swarms, centers):
-            y = center - LANE / 2 + swarm - (swarm.max() + swarm.min()) / 2
+            y = center - LANE + swarm - (swarm.max() + swarm.min()) / 2
             seed, = ax.plot(auroc, y, "o", color=COLORS["blue"], markersize=DOT - 0.4, markeredgewidth=0)
-        evaluator = _intervals(ax, centers + piles / 2, table.evaluator_low, table.evaluator_auroc, table.evaluator_high, "D",
-                               color=COLORS["vermillion"], markerfacecolor="white")
+        means = [ax.errorbar(value, centers + piles / 2 + lane, xerr=[value - low, high - value], markersize=3.5, elinewidth=1,
+                             capsize=2, fmt=marker, color=COLORS[color], markerfacecolor="white")
+                 for name, lane, marker, color in (("found", -LANE / 2, "s", "blue"), ("right", LANE / 2, "D", "vermillion"))
+                 for value, low, high in [np.array([*table[name]]).T]]
         ax.set(xticks=[t for t in (0, 0.25, 0.5, 0.75, 1) if t >= limits[0]], xlabel="AUROC")
 
-        names = {"one seed": seed, "chance": chance, "evaluator given the right label, 95 % interval": evaluator,
-                 "share of seeds, 95 % interval": seeds}
+        names = {"descent alone": ends[0], "with ranking": ends[1], "one seed": seed, "mean, 95 % interval by word": means[0],
+                 "right label on the same words": means[1], "chance": chance}
         fig.legend([*names.values()], [*names], loc="upper left", bbox_to_anchor=(8, edges[-1] + 8),
                    bbox_transform=page, ncols=2, fontsize=7, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=1.2)
     return fig
