@@ -384,8 +384,8 @@ def test_the_legend_of_a_summary_is_below_the_rows():
     fig.canvas.draw()
     box = fig.legends[0].get_window_extent()
     assert 0 <= box.y0 and box.y1 <= min(ax.bbox.y0 for ax in fig.axes) and box.x1 < fig.axes[0].bbox.x0
-    assert {"one seed", "chance", "evaluator given the right label, 95 % interval", "share of seeds, 95 % interval"} \
-        == {t.get_text() for t in fig.legends[0].get_texts()}
+    assert {t.get_text() for t in fig.legends[0].get_texts()} == {"descent alone", "with ranking", "one seed", "chance",
+                                                                 "mean, 95 % interval by word", "right label on the same words"}
 
 
 @pytest.mark.parametrize("x", [[.5] * 20, [0, .1, .2, 1, 1.1, 5], np.linspace(3, 0, 20)], ids=["tied", "few", "dense"])
@@ -483,10 +483,10 @@ def test_nothing_is_written_on_error(tmp_path, monkeypatch):
     (lambda: summary.plot_summary([]), "no verdicts"),
     (lambda: summary.plot_summary([make_verdict(), {"form": "words"}]), "row 1 of the verdicts has no experiment, paper"),
     (lambda: summary.plot_summary([make_verdict(verdict="fine")]), "animals, running text.*'fine'; it is one of"),
-    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9)]), "10 labels, 10 matches and 9 AUROCs"),
+    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9)]), "10 labels, 10 and 10 matches and 9 AUROCs"),
     (lambda: summary.plot_summary([make_verdict(labels=[], matches=[], auroc=[])]), "0 labels"),
-    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9 + [np.nan])]), "auroc .*nan.* from 0 to 1"),
-    (lambda: summary.plot_summary([make_verdict(low=.9)]), "share 0.8 outside its interval"),
+    (lambda: summary.plot_summary([make_verdict(auroc=[.9] * 9 + [np.nan])]), "an AUROC of nan; it is from 0 to 1"),
+    (lambda: summary.plot_summary([make_verdict(found=[.8, .9, .95])]), "found 0.8 outside its interval"),
 ])
 def test_bad_input_is_refused_with_the_reason(call, message):
     with pytest.raises(ValueError, match=message): call()
