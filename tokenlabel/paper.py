@@ -210,7 +210,7 @@ class Verdict:
     shared: float  # part of a seed's active words that another seed has, too; 0 for one seed
     verdict: str  # "reproduced", "partly" or "deviates"; "consistent" if a reported failure fails here, too
     reason: str  # the causes, counted
-    details: list[str]  # of each seed that does something else
+    details: list[str]  # of each seed that does something else, or of all seeds if the paper reports a failure
     lm: str
     discriminator: str
     preset: str
@@ -255,7 +255,8 @@ class Outcome:
         causes = "".join(f"\n{why}" for why in dict.fromkeys(self.verdict.details))
         auroc = "held-out AUROC {:.2f} [{:.2f}, {:.2f}]".format(*self.verdict.found)
         right = "of the right label {:.2f} [{:.2f}, {:.2f}]".format(*self.verdict.right)
-        return f"{verdict_line(self.verdict)}\n{auroc}, {right}; {self.verdict.seconds:.0f} s per seed (median){causes}"
+        shared = f"two seeds share {self.verdict.shared:.0%} of their active words"
+        return f"{verdict_line(self.verdict)}\n{auroc}, {right}; {shared}; {self.verdict.seconds:.0f} s per seed (median){causes}"
 
 
 def verdict_line(found: Verdict) -> str:
@@ -289,8 +290,8 @@ def reproduce(
     features = [claim.make(seed, claim.size[quick]) for seed in range(seeds)]
     most = (24 if features[0].isolated else 6) if quick else None
 
-    def check(seed: int) -> EvaluatorCheck:
-        return check_evaluator(features[seed], lm, claim.right or claim.labels, chosen, most=most, seed=seed)
+    def check(seed: int, words: Sequence[str] = claim.right or claim.labels) -> EvaluatorCheck:
+        return check_evaluator(features[seed], lm, words, chosen, most=most, seed=seed)
 
     checks = {0: check(0)}  # before the searches, because it raises ValueError if no right label is a single token
     jobs = [Job(f"{name}, seed {seed}", feature, make_settings(chosen, seed=seed)) for seed, feature in enumerate(features)]
@@ -301,7 +302,7 @@ def reproduce(
     if claim.fails:  # it fails, and the check has said so
         failed = pd.Series({seed: one.verdict != "can" for seed, one in checks.items()})
         for column in "match", "descent match": table[column] = ~table[column] & failed
-    causes = [failure_cause(results[seed], scored[seed][0], claim.labels, checks[seed])
+    causes = [failure_cause(results[seed], scored[seed][0], claim.labels, check(seed, claim.labels) if claim.right else checks[seed])
               for seed in table.index if claim.fails or not table.match[seed]]
     verdict, typical = make_verdict(claim, table, [one for _, one in scored], results, causes, preset), typical_seed(results)
     save_figure(results[typical].plot(), Path(figures) / name, pdf=True)
@@ -329,7 +330,7 @@ def sum_up(figures: str | Path) -> list[Verdict]:
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     "The verdicts as a Markdown table."
     def because(v: Verdict) -> str:
-        return v.reason and (", but " if v.verdict == "reproduced" and not all(v.matches) else ": ") + v.reason
+        return v.reason and (", but " if v.verdict == "reproduced" else ": ") + v.reason
     def counted(labels: Sequence[str], matches: Sequence[bool]) -> str:
         return f"{sum(matches)} of {len(matches)}: " + ", ".join(f"{n} × `{label}`" for label, n in Counter(labels).most_common())
     head = "Experiment", "The paper", "Descent alone", "With ranking", "Held-out AUROC", "Of the right label", "Verdict"

@@ -70,7 +70,8 @@ def _wrap(text: Text, words: str, width: float) -> list[str]:
 
 def _label_lines(text: Text, labels: Sequence[str], matches: Sequence[bool], width: float) -> list[str]:
     "The labels with their counts, those that match ticked: at most three lines of `width` pixels."
-    matching, counts = {drawable(label): match for label, match in zip(labels, matches)}, Counter(map(drawable, labels))
+    labels, counts = [*map(drawable, labels)], Counter(map(drawable, labels))
+    matching = {label: all(match for other, match in zip(labels, matches) if other == label) for label in counts}
     order = sorted(counts, key=lambda label: (-counts[label], not matching[label]))
     shown, lines = order if len(order) <= 3 else order[:2], []
     for label in shown:
@@ -85,7 +86,7 @@ def _label_lines(text: Text, labels: Sequence[str], matches: Sequence[bool], wid
 # %% ../nbs/35_summary.ipynb #7bd0dc85
 LINE, DOT, LANE = 10, 3.4, 9        # points: a line of text, a dot with its gap, the lane of a mean below the dots
 COLUMNS = {                         # left edge and width in points; the figure is 504 wide
-    "Experiment": (6, 62), "The paper": (72, 80), "Labels found\n(✓ as in the paper)": (158, 76),
+    "Experiment": (6, 62), "The paper": (72, 80), "Labels found\n(✓ agrees)": (158, 76),
     "Seeds that agree\nwith the paper": (242, 74), "Held-out AUROC": (336, 74), "Verdict": (434, 66)}
 
 def _cells(fig: Figure, row: dict) -> list[list[tuple[str, int, str]]]:
