@@ -396,7 +396,7 @@ def solve(lesson: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def write_solutions(lessons: str | Path, folder: str | Path) -> list[Path]:
     "Write the solved notebook of each lesson into a folder, which is made if it does not exist."
     found = {path.name: nbformat.read(path, as_version=4) for path in sorted(Path(lessons).glob("*.ipynb"))}
-    solved = {Path(folder) / name: solve(lesson) for name, lesson in found.items() if read_exercises(lesson)}
+    solved = {Path(folder) / name: solve(learner_copy(lesson, Path(lessons))) for name, lesson in found.items() if read_exercises(lesson)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, lesson in solved.items(): nbformat.write(lesson, path)
     return list(solved)
