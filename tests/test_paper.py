@@ -123,6 +123,12 @@ def test_the_right_label_is_scored_on_the_held_out_words_of_the_seed(found):
         assert auroc(examples.right, examples.activation) == pytest.approx(ranking.auroc_heldout[0])
 
 
+def test_scores_of_the_right_label_are_kept(found, lm, tmp_path, monkeypatch):
+    first = score_right(found[0][0], lm, FRUITS, tmp_path)
+    monkeypatch.setattr("tokenlabel.paper.begin", None)  # nothing is computed again
+    for one, other in zip(first, score_right(found[0][0], lm, FRUITS, tmp_path)): pd.testing.assert_frame_equal(one, other)
+
+
 def test_seeds_with_the_same_words_are_no_more_evidence_than_one_and_others_are():
     random = np.random.default_rng(0)
     def draw(n): return pd.DataFrame({"word": [f"{n} {i}" for i in range(30)], "activation": [1., 0.] * 15,
