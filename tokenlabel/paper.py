@@ -169,13 +169,15 @@ def score_right(
     key = dict(right=right, accepted=claim.labels, feature=result.feature, lm=lm, settings=result.settings)
     if runs and (known := read_entry(entry := cache_entry(key, runs), RightScores.load)): return known
     judge = begin(result.feature, lm, result.settings).discriminator
-    ids, out = list({id: 0 for word in (*right, *claim.labels) for id in spellings(word, lm)}), judge.tokens.heldout
-    ranking, z = rank_labels(judge, ids, result.settings)
-    best = next(n for n, label in enumerate(ranking.label) if is_one_of(label, right))
-    _, found = rank_labels(judge, [result.ranking.token_id[0]], result.settings)
-    words = [word for word, held in zip(judge.tokens.types, out) if held]
-    scores = RightScores(ranking, pd.DataFrame({"word": words, "activation": judge.tokens.activation[out].tolist(),
-                                                "found": found[0].cpu()[out].tolist(), "right": z[best].cpu()[out].tolist()}))
+    words, label, out = (*right, *claim.labels), result.ranking.token_id[0], judge.tokens.heldout
+    ids = [id for word in words for id in spellings(word, lm)]
+    ids = [id for id in ids if lm.token(id)[0] == " "] or ids  # without a space they are never the best
+    every, z = rank_labels(judge, list(dict.fromkeys([*ids, label])), result.settings)
+    best, found = (z[n].cpu()[out].tolist() for n in (next(n for n, one in enumerate(every.label) if is_one_of(one, right)),
+                                                      every.token_id.tolist().index(label)))
+    heldout = {"word": [word for word, held in zip(judge.tokens.types, out) if held],
+               "activation": judge.tokens.activation[out].tolist(), "found": found, "right": best}
+    scores = RightScores(every[[is_one_of(one, words) for one in every.label]].reset_index(drop=True), pd.DataFrame(heldout))
     if entry: write_entry(entry, scores)
     return scores
 
