@@ -289,9 +289,10 @@ def verdict_line(found: Verdict) -> str:
 
 # %% ../nbs/43_paper.ipynb #1b5d484a
 def typical_seed(results: Sequence[LabelResult]) -> int:
-    "Of the seeds with the most frequent label, the one whose loss is the median."
-    [(label, count)] = Counter(result.label for result in results).most_common(1)
-    seeds = [seed for seed, result in enumerate(results) if result.label == label]
+    "Of the seeds with the most frequent label and end of the descent, the one whose loss is the median."
+    ends = [(result.label, result.soft["label"]) for result in results]
+    [(usual, count)] = Counter(ends).most_common(1)
+    seeds = [seed for seed, end in enumerate(ends) if end == usual]
     return sorted(seeds, key=lambda seed: results[seed].ranking.loss[0])[(count - 1) // 2]
 
 
