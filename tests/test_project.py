@@ -108,7 +108,7 @@ def test_links_lead_somewhere():
 def test_readme_shows_before_it_tells():
     lines = (ROOT / "README.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("## "))
-    assert first <= 37 and any("```python" in line for line in lines[:first]) and any("![" in line for line in lines[:first])
+    assert first <= 38 and any("```python" in line for line in lines[:first]) and any("![" in line for line in lines[:first])
 
 
 def test_notebooks_are_light():
