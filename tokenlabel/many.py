@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from math import isnan
 from pathlib import Path
 
@@ -258,13 +258,17 @@ def label_all(
 # %% ../nbs/41_many.ipynb #6e92d357
 def _parquet_rows(path: Path) -> Iterator[dict]:
     "Rows as they would be in JSON. A list has one type in Parquet: with fractional activations, places are fractions too."
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
+    with pq.ParquetFile(path) as file:
+        for row in chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=256)):
             for spans in filter(None, row.get("spans") or ()):
                 for i, span in enumerate(spans):
                     if isinstance(span, dict): span = [span.get(key) for key in ("start", "end", "activation")]
                     spans[i] = [int(x) if isinstance(x, float) and x.is_integer() else x for x in span or ()]
             yield row
+
+def _json_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file: yield from filter(bytes.strip, file)
+
 
 def _json_row(line: bytes):
     text = line.decode("utf-8-sig").strip()
@@ -285,7 +289,8 @@ def _feature(row: dict) -> Feature:
 def read_rows(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name; feature or its error
     "Features from JSON lines or Parquet. Raises ValueError for a row that is no object or has no name."
     parquet = path.suffix.lower() == ".parquet"
-    rows = _parquet_rows(path) if parquet else filter(bytes.strip, path.open("rb"))
+    rows = _parquet_rows(path) if parquet else _json_lines(path)
+
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
             if not parquet: row = _json_row(row)
