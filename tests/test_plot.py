@@ -28,6 +28,7 @@ def no_warning_and_no_open_figure():
     "A missing glyph fails a test, as any warning of matplotlib does."
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("default", ResourceWarning)  # of what an earlier test left behind
         yield
     plt.close("all")
 
