@@ -69,6 +69,15 @@ def sharded(folder):
     (folder / "model.safetensors").unlink()
 
 
+def index(**places):
+    "Other files for weights."
+    def change(folder):
+        path = folder / "model.safetensors.index.json"
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(found | {"weight_map": found["weight_map"] | places}))
+    return change
+
+
 def text(name, content): return lambda folder: (folder / name).write_text(content)
 def cut(name): return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 def without(name): return lambda folder: (folder / name).unlink()
@@ -155,6 +164,16 @@ CASES = {  # name: (change, what the message has in it)
        ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")},
     "config cut": (cut("config.json"), "config.json: it is not JSON, or was cut"),
     "config list": (text("config.json", "[]"), "config.json: it is no JSON object"),
+    "config null": (text("config.json", "null"), "config.json: it is no JSON object"),
+    "generation config": (text("generation_config.json", '{"watermarking_config": 5}'), "generation_config.json: "),
+    "zeros": (weights(lambda name, weight: (name, weight * (name != "lm_head.weight"))), "has only zeros in its output layer"),
+    "a pickle of objects": (lambda folder: (as_bin(folder), torch.save(dict(a=Path("x")), folder / "pytorch_model.bin")),
+                            "pytorch_model.bin: it holds other Python objects than weights, or is cut; save"),
+    "index names another folder": (both(sharded, index(**{"lm_head.weight": "../other.safetensors"})), "names '../other.safetensors', which is no"),
+    "index names another path": (both(sharded, index(**{"lm_head.weight": "/tmp/other.safetensors"})), "which is no file of the folder"),
+    "index names the wrong file": (both(sharded, index(**{"lm_head.weight": "model-00002-of-00005.safetensors"})), r"1 weight \(lm_head.weight\) lie"),
+    "index without files": (both(sharded, text("model.safetensors.index.json", '{"metadata": {}, "weight_map": []}')), "weight_map does not say"),
+    "index without metadata": (both(sharded, text("model.safetensors.index.json", '{"weight_map": {}}')), "index.json: it has no metadata"),
     "config number as text": (config(hidden_size="wide"), "config.json: .*hidden_size"),
     "config unknown activation": (config(hidden_act="foo"), "config.json: KeyError: 'foo'"),
     "too many rows": (config(vocab_size=10 ** 10), "config.json: vocab_size is 10,000,000,000, and the files of weights have"),

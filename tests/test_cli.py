@@ -89,6 +89,24 @@ def test_a_file_of_latents_becomes_a_folder_with_a_page_and_files_for_other_prog
     assert main([*command, "--steps", "4"]) == 2 and "other settings" in capsys.readouterr().err
 
 
+def test_latents_of_two_models_with_one_number_are_kept_apart(tiny, tmp_path):
+    windows = [dict(tokens=["a", " cat", " sat"], values=[0, 3, 0]), dict(tokens=["the", " cat", " ran"], values=[0, 2, 0]),
+               dict(tokens=["a", " house"], values=[0, 0]), dict(tokens=["the", " car"], values=[0, 0])]
+    rows = [dict(modelId=model, layer="6-res", index="1", activations=windows) for model in ("gpt2", "pythia")]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["label", str(tmp_path / "two.jsonl"), *tiny, "--steps", "3", "--proposals", "2", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.glob("out/**/*.txt")) == [
+        f"delphi/{model}/explanations/6-res_latent1.txt" for model in ("gpt2", "pythia")]
+    assert (tmp_path / "out" / "page.html").exists() and len((tmp_path / "out" / "neuronpedia.jsonl").read_text().splitlines()) == 2
+
+
+def test_settings_of_matplotlib_in_the_current_folder_cost_nothing(feature_file, tiny, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("backend: module://evilback")
+    (tmp_path / "evilback.py").write_text("open('ran', 'w')")
+    subprocess.run([COMMAND, "label", feature_file, *tiny, *QUICK, "--out", "out"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out" / "figure.png").exists() and not (tmp_path / "ran").exists()
+
+
 def test_every_setting_is_an_option_with_its_help_and_default():
     defaults = Settings()
     for name, text in FIELDS.items():

@@ -1,4 +1,5 @@
 """The oracle: true bounds, exact ranks, interrupted and continued; and the cost of its work. On tiny random models."""
+import json
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +17,7 @@ from tokenlabel.direct import direct
 from tokenlabel.exhaustive import (Oracle, accuracy_bound, count_positions, evaluate_all, label_ids, oracle, rank_in,
                                    read_arrays, regret, word_table, write_arrays)
 from tokenlabel.feature import Feature
+from tokenlabel.files import seal
 from tokenlabel.forward import Stage
 from tokenlabel.label import begin, label_feature
 from tokenlabel.objective import balanced_bce, class_weights, fit_bias
@@ -241,6 +243,16 @@ def test_an_oracle_comes_back_from_disk_and_shows_itself(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
     assert repr(found.ranking.label[0]) in repr(found) and "3 ranks are certain" in repr(found)
     assert "1 rank is certain" in repr(replace(found, top=1)) and "pruned" not in repr(ask(WORDS, labels=4, top=None))
+
+
+@pytest.mark.parametrize("change", [dict(settings=None), *({name: ...} for name in ("top", "lm", "feature", "prompts"))], ids=str)
+def test_an_oracle_of_another_version_is_refused(tmp_path, change):
+    file = ask(WORDS, top=3).save(tmp_path / "oracle") / "oracle.json"
+    found = {name: value for name, value in (json.loads(file.read_text()) | change).items() if value is not ...}
+    file.write_text(json.dumps(found))
+    (file.parent / "manifest.json").unlink()
+    seal(file.parent.rename(tmp_path / "other"), "oracle")
+    with pytest.raises(ValueError, match="other is damaged, or another version of tokenlabel wrote it"): Oracle.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("files", [["ranking.parquet"], ["oracle.json", "notes.txt"]])  # a saved result; and notes

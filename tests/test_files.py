@@ -56,13 +56,12 @@ def test_a_new_folder_replaces_all_of_the_old_one_whatever_its_name(tmp_path):
     assert contents(folder) == {"new": b"2"} and list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_below_a_file_or_a_protected_one_is_refused(tmp_path, monkeypatch):
+def test_a_folder_below_a_file_or_a_protected_one_is_refused(tmp_path):
     check_writable(tmp_path / "one" / "two")
     file = write_file(tmp_path / "file", "precious")
     for folder in file, file / "below":
         with pytest.raises(ValueError, match=f"{file} is a file; give a folder"): check_writable(folder)
-    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to"): check_writable(tmp_path / "new")
+    with pytest.raises(ValueError, match="/proc cannot be written to"): check_writable(Path("/proc/new"))  # not even by root
 
 
 def test_a_folder_that_cannot_be_moved_is_refused(tmp_path, monkeypatch):
@@ -72,9 +71,30 @@ def test_a_folder_that_cannot_be_moved_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be replaced"): check_replaceable(Path("."))
     protected = tmp_path / "protected"
     (protected / "result").mkdir(parents=True)
-    access = os.access
-    monkeypatch.setattr(module.os, "access", lambda path, mode: path != protected and access(path, mode))
+    make = module.tempfile.TemporaryDirectory
+    def denied(dir, **how):
+        if dir == protected: raise PermissionError(13, "Permission denied")
+        return make(dir=dir, **how)
+    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", denied)
     with pytest.raises(ValueError, match=f"{protected} cannot be written to"): check_replaceable(protected / "result")
+
+
+@pytest.mark.parametrize("place", ["circle", "circle/below"])
+def test_links_in_a_circle_are_refused(tmp_path, place):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ValueError, match="symbolic links lead in a circle"): check_saved(tmp_path / place, "result")
+    assert (tmp_path / "circle").is_symlink()
+
+
+def test_a_name_that_is_no_text_is_refused_and_a_long_one_is_not(tmp_path):
+    with pytest.raises(ValueError, match=r"udcff' is not in UTF-8"): check_saved(tmp_path / "\udcff", "result")
+    with sealed_folder(tmp_path / ("動" * 80), "result") as new: write_file(new / "a", "1")
+    assert check_seal(tmp_path / ("動" * 80), "result") == set()
+
+
+def test_a_manifest_lists_what_is_needed(tmp_path):
+    with sealed_folder(tmp_path / "one", "result") as new: write_file(new / "a", "1")
+    with pytest.raises(ValueError, match="manifest.json is damaged: it does not list b"): check_seal(tmp_path / "one", "result", "a", "b")
 
 
 def test_what_a_killed_process_leaves_is_removed_and_what_is_in_use_is_not(tmp_path):

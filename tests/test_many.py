@@ -369,7 +369,8 @@ def test_a_file_that_has_no_results_is_left_as_it_is(stored, tmp_path, content):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_line_altered_anywhere_is_refused_and_named(tmp_path, seed):
     random, out = Random(seed), tmp_path / "out.jsonl"
-    lines = [write_row(dict(lm="a", dtype="b", settings={})), *(write_row(dict(name=f"動 {i}", label=" cats", loss=.1 * i)) for i in range(4))]
+    head = dict(lm="a", dtype="b", settings={})
+    lines = [write_row(head), *(write_row(dict(name=f"動 {i}", label=" cats", loss=.1 * i), head) for i in range(4))]
     out.write_text("".join(lines), encoding="utf-8")
     assert [row["name"] for row in read_results(out)[1]] == [f"動 {i}" for i in range(4)]
     content = bytearray(out.read_bytes())
@@ -377,6 +378,15 @@ def test_a_line_altered_anywhere_is_refused_and_named(tmp_path, seed):
     out.write_bytes(content)
     number = 1 + bytes(content[:place]).count(b"\n")
     with pytest.raises(ValueError, match=f"out.jsonl, line {number}|out.jsonl, line {number - 1}"): read_results(out)
+
+
+def test_rows_of_other_settings_and_rows_that_are_there_twice_are_refused(tmp_path):
+    out, heads = tmp_path / "out.jsonl", [dict(lm="a", dtype="b", settings=dict(seed=seed)) for seed in (0, 1)]
+    one, other = ([write_row(head), write_row(dict(name="x", label=" cats"), head)] for head in heads)
+    for lines, why in (one + other[1:], "line 3: this line was altered, or belongs to results of other settings"), (one + other, "line 3"), \
+                      (one + one[1:], "line 3: the feature 'x' is there twice"):
+        out.write_text("".join(lines))
+        with pytest.raises(ValueError, match=why): read_results(out)
 
 
 def test_a_disk_that_is_full_costs_one_row(stored, tmp_path):

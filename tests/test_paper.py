@@ -183,6 +183,11 @@ def test_a_verdict_of_another_version_is_named(tmp_path):
     with pytest.raises(ValueError, match="numbers.json is damaged"): load_verdicts(tmp_path)
 
 
+def test_a_verdict_in_the_file_of_another_experiment_is_refused(tmp_path):
+    write_json(tmp_path / "numbers.json", "verdict", asdict(example()))
+    with pytest.raises(ValueError, match="numbers.json has the verdict on animals"): load_verdicts(tmp_path)
+
+
 def test_without_verdicts_nothing_is_written(tmp_path): assert sum_up(tmp_path) == [] and not list(tmp_path.iterdir())
 
 

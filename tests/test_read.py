@@ -77,6 +77,10 @@ def test_each_token_has_its_characters():
     ({"activations": [{"tokens": ["a", "b"], "values": [-1, 0]}]}, "has no activation above 0"),
     ({"maxActApprox": "high"}, "line 1: activation 'high' is not a number"),
     ({"modelId": "\x1b[2J"}, "the feature's name: control character"),
+    ({"index": None}, "line 1: index is None; an object of Neuronpedia has modelId, layer and index"),
+    ({"index": True}, "line 1: index is True; an object"), ({"layer": [1]}, r"line 1: layer is \[1\]; an object"),
+    ({"index": 10**20}, r"line 1: index is 1e\+20; an object"), ({"activations": None}, "has no activation above 0"),
+    ({"activations": [{"tokens": [" a", "\ud83d"], "values": [1, 0]}]}, r"line 1: window 0: a token has half of a character, '.ud83d'"),
 ])
 def test_what_is_wrong_in_a_file_of_neuronpedia_is_said(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error: read_feature(write(tmp_path, RECORD | change))
@@ -136,6 +140,31 @@ def test_the_maximum_of_a_bulk_export_counts_unless_a_start_token_has_it(tmp_pat
         assert spans_of(feature)["ripe figs."] == {"figs": round(value, 3)}
 
 
+@pytest.mark.parametrize("lacking", ["modelId", "layer", "index"])
+def test_an_object_that_lacks_a_key_says_which(tmp_path, lacking):
+    rest = {key: value for key, value in RECORD.items() if key != lacking}
+    assert f"f.json: line 1: an object with activations, " in (said := refused(write(tmp_path, rest))) and f"needs {lacking}, too" in said
+
+
+def test_tables_of_a_folder_are_read_and_what_is_left_out_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text("word,activation\nsaw,1\ntree,0")
+    (tmp_path / "._a.json").write_bytes(b"\0\5\x16\7")  # as macOS writes beside a file
+    write(tmp_path, RECORD)
+    assert [feature.name for feature in features(tmp_path)] == ["a", "gpt2-small/6-res-jb/650"]
+    (tmp_path / "batch-0.json").write_text(json.dumps(RECORD))
+    assert len(features(tmp_path, ["a.csv, f.json is not read, the features are in batch-*.json"])) == 1
+
+
+def test_a_damaged_file_of_a_folder_is_named(tmp_path):
+    (bulk(tmp_path, activations={0: [KEY | WINDOWS[0]]}) / "activations" / "batch-0.jsonl.gz").write_bytes(b"\x1f\x8b\0")
+    assert "activations/batch-0.jsonl.gz: the file is compressed, and cut off" in refused(tmp_path)
+
+
+def test_a_name_is_no_tokenizer(tmp_path):
+    with pytest.raises(TypeError, match="tokenizer is 'gpt2'; give a tokenizer of transformers"):
+        list(read_features(write(tmp_path, RECORD), tokenizer="gpt2"))
+
+
 def test_dead_and_damaged_features_are_left_out_and_counted(tmp_path):
     dead, damaged, only = KEY | {"index": "1"}, KEY | {"index": "2"}, KEY | {"index": "3"}
     lines = [KEY | WINDOWS[1], damaged | {"tokens": ["a", " b"], "values": [1]}, only | {"tokens": [" a"], "values": [1]}]
@@ -146,7 +175,7 @@ def test_dead_and_damaged_features_are_left_out_and_counted(tmp_path):
 
 def test_a_damaged_line_of_a_bulk_export_is_named(tmp_path):
     folder = bulk(tmp_path, activations={0: [KEY | WINDOWS[1], {"modelId": "m", "tokens": [], "values": []}]})
-    assert "activations/batch-0.jsonl.gz: line 2: an object of Neuronpedia has modelId, layer and index" in refused(folder)
+    assert "activations/batch-0.jsonl.gz: line 2: layer is None; an object of Neuronpedia has modelId, layer and index" in refused(folder)
 
 
 # SAEDashboard
@@ -266,7 +295,7 @@ def test_a_window_that_fires_on_newlines_alone_is_no_inactive_text(tmp_path):
     (dict(str_tokens="the cat"), "tokens is not a list of strings"),
     (dict(activations=None), "2 tokens need as many values, not None"),
     (dict(activations=[0, float("inf")]), "activation inf is not a finite number"),
-    (dict(activations=[0, 0]), "no activation above 0")])
+    (dict(activations=[0, 0]), "no activation above 0"), (dict(correct="yes"), "an answer is 'yes'; expected true or false")])
 def test_what_is_wrong_in_scores_of_delphi_is_said(tmp_path, change, message):
     assert message in refused(run(tmp_path, detection=[entry(*ACTIVE) | change]))
 
@@ -312,11 +341,18 @@ def test_what_is_wrong_in_a_cache_of_delphi_is_said(cached):
     for change, message in [({"tokens": arrays["tokens"] + 999}, "is not in the vocabulary of 300 tokens; give the tokenizer"),
                             ({"activations": np.ones(5, "f2")}, "shapes do not agree"),
                             ({"tokens": arrays["tokens"][:1]}, "is outside of"),
-                            ({"activations": np.full(6, np.nan, "f2")}, "not a finite number")]:
+                            ({"activations": np.full(6, np.nan, "f2")}, "not a finite number"),
+                            ({"locations": arrays["locations"].astype("i4") - [0, 0, 1]}, "location [0, 5, -1] is outside of"),
+                            ({"locations": arrays["locations"] + 0.5}, "locations has numbers of type float64; expected integers"),
+                            ({"tokens": arrays["tokens"].astype("i4") - 400}, "is negative")]:
         save_file(arrays | change, file)
         assert message in refused(folder, tokenizer=tokenizer)
     file.write_bytes(b"cut off")
     assert "10_13.safetensors: cannot be read" in refused(folder, tokenizer=tokenizer)
+    save_file(arrays, file)
+    for name in "0_4000000000", "0_99999999999999999999", "13_10":
+        file = file.rename(file.with_name(f"{name}.safetensors"))
+        assert f"{name} is no range of at most" in refused(folder, tokenizer=tokenizer)
     file.rename(file.with_name("latents.safetensors"))
     assert "expected a name such as 0_4095.safetensors" in refused(folder, tokenizer=tokenizer)
 

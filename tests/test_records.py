@@ -58,6 +58,7 @@ def test_a_table_of_texts_has_a_row_for_each_span(tmp_path):
     (gzip.compress(LINES.encode(), mtime=0)[:-9], "compressed, and cut off or damaged"),
     (gzip.compress(LINES.encode(), mtime=0)[:12] + b"x" * 50, "compressed, and cut off or damaged"),
     (gzip.compress(b"", mtime=0), "the file is empty"), (b"\xef\xbb\xbf\r\n", "the file is empty"),
+    (bytes(4096), "the file has zero bytes in the place of a text"), (b"\x93NUMPY\1\0", "the file is a NumPy array"),
     (b"[]", "the file has no records"), (b"saw\x00", "not text, it has zero bytes"),
     ("apple\nfig\n", "neither JSON nor a table, the first line is 'apple'; give JSON lines, or columns word and activation"),
     ("term,score\nsaw,1\n", r"a table with columns \['term', 'score'\]; give columns word and activation, or text, start, end"),

@@ -151,8 +151,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="/proc"): check_saved("/proc", "result")  # a mount point
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be replaced"): check_saved(Path("."), "result")
-    monkeypatch.setattr(tokenlabel.files.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="cannot be written to"): check_saved(Path("new/folder"), "result")
+    with pytest.raises(ValueError, match="cannot be written to"): check_saved(Path("/proc/new/folder"), "result")
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])

@@ -113,7 +113,7 @@ def test_a_label_without_a_place_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no model and no layer and no index"): write_neuronpedia([ISOLATED], tmp_path / "a")
     for index in ("../../x", "1\n", "a/b"):
         with pytest.raises(ValueError, match="is not the name of a file"): write_delphi([LATENT, make_latent(index=index)], tmp_path)
-    with pytest.raises(ValueError, match="two results have the name '6-res_latent42.txt'"): write_delphi([LATENT, LATENT], tmp_path)
+    with pytest.raises(ValueError, match="two results are for the file '6-res_latent42.txt'"): write_delphi([LATENT, LATENT], tmp_path)
     assert [*tmp_path.iterdir()] == []
 
 

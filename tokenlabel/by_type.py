@@ -77,7 +77,7 @@ def choose_view(feature: Feature, settings: Settings) -> str:  # "words" for iso
     return "types" if 2 <= active <= len(feature.texts) - 2 else "context"
 
 # %% ../nbs/16_by_type.ipynb #55d5cf00
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TextTokens(TokenizedFeature):
     "Running texts of which some are held out, as examples of either view."
     texts: Feature  # where the examples come from

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['POINTER', 'MASK', 'short', 'is_pointer', 'file_fault', 'weight_files', 'folder_fault', 'quantization', 'size_fault',
-           'some', 'loading_fault', 'weights_fault', 'stored_types', 'integers_fault', 'quiet', 'from_pretrained',
-           'load_model']
+           'some', 'loading_fault', 'weights_fault', 'stored_types', 'integers_fault', 'index_fault', 'quiet',
+           'from_pretrained', 'load_model']
 
 # %% ../nbs/38_checkpoint.ipynb #c6d93c4d
 import json
+import pickle
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
 from transformers.utils import cached_file, logging
 
 from .files import check_hub
@@ -52,6 +54,7 @@ def file_fault(path: Path) -> str | None:
     except RecursionError: return "its JSON is nested too deep"
     except json.JSONDecodeError as error: return f"it is not JSON, or was cut: {short(error).removeprefix('JSONDecodeError: ')}"
     except FileNotFoundError: return "it is missing"
+    except pickle.UnpicklingError: return "it holds other Python objects than weights, or is cut; save the weights as safetensors"
     except Exception as error:  # of any kind: readers in Rust and of pickles
         newer = ", or is of a newer kind" if path.name == "tokenizer.json" else ""
         return f"it is cut or damaged{newer}: {short(error)}"
@@ -73,7 +76,10 @@ def folder_fault(folder: Path) -> str | None:
               "added_tokens.json", "vocab.json"]
     for path in [folder / "config.json", *weight_files(folder), *filter(Path.exists, (folder / name for name in others))]:
         if fault := file_fault(path): return f"{path}: {fault}"
-    return _config_fault(folder / "config.json")
+    if fault := _config_fault(folder / "config.json"): return fault
+    if (path := folder / "generation_config.json").exists():
+        try: GenerationConfig.from_pretrained(folder)
+        except Exception as error: return f"{path}: {short(error)}"
 
 # %% ../nbs/38_checkpoint.ipynb #4fb8c9f0
 def quantization(config: Path) -> str | None:
@@ -96,7 +102,7 @@ def _config_fault(path: Path) -> str | None:
 # %% ../nbs/38_checkpoint.ipynb #3ea6aa71
 def size_fault(folder: Path) -> str | None:
     "A number in config.json that asks for far more weights than the files hold."
-    with suppress(ValueError, RecursionError, OSError, AttributeError):  # for these, the loader has a message
+    with suppress(ValueError, RecursionError, OSError, AttributeError, TypeError):  # for these, the loader has a message
         settings = json.loads((folder / "config.json").read_bytes())
         files = [path for path in weight_files(folder) if path.suffix != ".json"]
         if not files or any(map(is_pointer, files)): return None
@@ -141,6 +147,7 @@ def loading_fault(
 def weights_fault(model: "transformers.PreTrainedModel") -> str | None:
     "The first weight of a model that is no float, or not finite; None if there is none. Quantized models keep integers."
     quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
+    
     for name, weight in model.named_parameters():
         if weight.is_meta: continue  # its numbers are on disk
         if weight.dtype.itemsize < 2 or not weight.is_floating_point():
@@ -168,6 +175,24 @@ def integers_fault(folder: Path, model: "transformers.PreTrainedModel") -> str |
         for name, kind in stored_types(path).items():
             if end(name) in known and not re.fullmatch(r"B?F(16|32|64)|torch\.b?float(16|32|64)", kind):
                 return f"{path}: {name} is {kind}: it is quantized, and config.json does not say how"
+
+# %% ../nbs/38_checkpoint.ipynb #6b2e0d02
+def index_fault(folder: Path) -> str | None:
+    "How the index of the weights is no list of the files in the folder and of the weights in them."
+    path, *shards = weight_files(folder) or [folder]
+    if path.suffix != ".json" or file_fault(path): return None  # no index, or a file that the loader names
+    index = json.loads(path.read_bytes())
+    places = index.get("weight_map")
+    if "metadata" not in index: return f"{path}: it has no metadata"
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        return f"{path}: weight_map does not say in which file each weight is"
+    if outside := next((place for place in places.values() if Path(place).name != place), None):
+        return f"{path}: weight_map names {outside!r}, which is no file of the folder"
+    for shard in shards:
+        if shard.suffix != ".safetensors" or file_fault(shard): continue
+        held = stored_types(shard).keys()
+        wrong = [name for name, place in places.items() if (name in held) != (place == shard.name)]
+        if wrong: return f"{shard}: {some(wrong)} lie elsewhere than {path.name} says"
 
 # %% ../nbs/38_checkpoint.ipynb #c5f9c5ff
 @contextmanager
@@ -202,9 +227,9 @@ def from_pretrained(loader, location: str, **settings):
 # %% ../nbs/38_checkpoint.ipynb #9c892674
 def load_model(location: str, dtype: torch.dtype | str) -> "transformers.PreTrainedModel":
     "A causal language model with all of its weights. Raises ValueError, which names the file, for any other."
-    if fault := size_fault(Path(location)): raise ValueError(fault)
+    if fault := size_fault(Path(location)) or index_fault(Path(location)): raise ValueError(fault)
     model, report = from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True,
-                                    ignore_mismatched_sizes=True)
+                                    ignore_mismatched_sizes=True, return_dict=True)
     folder = Path(location)
     if not folder.is_dir(): folder = Path(cached_file(location, "config.json", local_files_only=True)).parent  # from the hub
     config = folder / "config.json"
@@ -214,4 +239,6 @@ def load_model(location: str, dtype: torch.dtype | str) -> "transformers.PreTrai
     if fault := loading_fault(report, model) or weights_fault(model):
         raise ValueError(f"{(weight_files(folder) or [folder])[0]} {fault}")
     if fault := integers_fault(folder, model): raise ValueError(fault)
+    head = getattr(model.get_output_embeddings(), "weight", torch.ones(1))
+    if not head.is_meta and not head.any(): raise ValueError(f"{(weight_files(folder) or [folder])[0]} has only zeros in its output layer")
     return model

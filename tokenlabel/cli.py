@@ -51,10 +51,12 @@ def _label(options) -> int:
     if options.json: _print_json(result, out)
     else: print(result, flush=True)
     _say("drawing the figure")
+    os.environ.setdefault("MPLBACKEND", "agg")  # and not what a matplotlibrc of the current folder names
     try: result.save(out, figure=True)
-    except KeyboardInterrupt:  # while it was drawn
+    except BaseException:  # the figure failed, or Ctrl-C: the result is kept
         result.save(out)
-        return 130
+        raise
+
     if not options.json: print(f"\nsaved in {out}: figure.png, ranking.csv and other tables")
     return 130 if result.interrupted else 0
 
@@ -77,7 +79,12 @@ def _label_many(features, out: Path, options, settings) -> int:
     results = list(read_folder(out))
     for name in ("labels.csv", "labels.jsonl"): write_table(results, out / name)
     having = lambda *keys: [result for result in results if all(result.feature.source.get(key) not in (None, "") for key in keys)]
-    if known := having("layer", "index"): write_delphi(known, out)
+    known = having("layer", "index")
+    models = {str(result.feature.source.get("model")) for result in known}
+    for model in models:  # delphi's names of files do not tell models apart
+        write_delphi([result for result in known if str(result.feature.source.get("model")) == model],
+                     out if len(models) == 1 else out / "delphi" / result_name(model))
+
     if known := having("model", "layer", "index"): write_neuronpedia(known, out / "neuronpedia.jsonl")
     page = write_page(results, out / "page.html")
     if options.json:

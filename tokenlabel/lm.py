@@ -277,6 +277,7 @@ def _check_pair(model: "transformers.PreTrainedModel", tokenizer) -> None:
 def _check_lm(model: "transformers.PreTrainedModel", tokenizer, name: str) -> LM:
     "The checked pair of a model and a tokenizer. Raises ValueError, which says what is wrong with one of them."
     try: _check_pair(model, tokenizer)
+    except ValueError as error: raise ValueError(f"{name}: {error}") from None
     except (AttributeError, TypeError) as error: raise ValueError(f"{name} cannot be used: {short(error)}") from error
     try:
         lm = LM(model.eval().requires_grad_(False), tokenizer, name)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .cache import cache_entry, read_entry, write_entry
 from .feature import Feature, check_name, merge_words
-from .files import canonical_hash, check_writable, read_json, write_json
+from .files import canonical_hash, check_writable, read_json, resolved, write_json
 from .label import begin, conclude, label_feature, run
 from .lm import LM, load_lm
 from .records import parse_json
@@ -310,17 +310,18 @@ def result_row(name: str, result: LabelResult | Exception) -> dict:
     return dict(name=name, label=result.label, **numbers, seconds=round(result.seconds, 3),
                 ranking=result.ranking.label.head(10).tolist())
 
-def write_row(row: dict) -> str:
-    "A line of JSON with its own hash."
-    return json.dumps(row | {"sha256": canonical_hash(row)}, ensure_ascii=False) + "\n"
+def write_row(row: dict, head: dict | None = None) -> str:
+    "A line of JSON with a hash over the line, and over the first line of its file."
+    return json.dumps(row | {"sha256": canonical_hash([head, row])}, ensure_ascii=False) + "\n"
 
-def read_row(line: bytes) -> dict:
-    "What `write_row` wrote. Raises ValueError if the line was altered."
+def read_row(line: bytes, head: dict | None = None) -> dict:
+    "What `write_row` wrote. Raises ValueError if the line was altered, or has another first line."
     try: row = json.loads(line)
     except (ValueError, RecursionError): row = None
-    if not isinstance(row, dict) or row.pop("sha256", None) != canonical_hash(row):
-        raise ValueError("this line was altered; delete it, and its feature is labeled again")
+    if not isinstance(row, dict) or row.pop("sha256", None) != canonical_hash([head, row]):
+        raise ValueError("this line was altered, or belongs to results of other settings; delete it, and its feature is labeled again")
     return row
+
 
 def read_results(out: str | Path) -> tuple[dict, list[dict], int]:  # first line, rows, bytes of whole lines
     """The rows in a file of results. A last line without its end is left out. Raises ValueError for a file that holds
@@ -332,10 +333,13 @@ def read_results(out: str | Path) -> tuple[dict, list[dict], int]:  # first line
     cut = not size and whole.startswith(b'{"lm": ')  # in the first line
     if whole and not cut and not {"lm", "dtype", "settings"} <= head.keys():
         raise ValueError(f"{out} holds something other than results; give a new file")
-    rows = []
+    rows = {}
     for number, line in enumerate(lines, 2):
-        with located(f"{out}, line {number}"): rows.append(read_row(line))
-    return head, rows, size
+        with located(f"{out}, line {number}"):
+            row = read_row(line, head)
+            if row["name"] in rows: raise ValueError(f"the feature {excerpt(row['name'])} is there twice; delete one line")
+            rows[row["name"]] = row
+    return head, list(rows.values()), size
 
 # %% ../nbs/41_many.ipynb #ce727b6b
 def label_file(
@@ -368,7 +372,7 @@ def label_file(
                 display.show(number, pending[number], value)
                 if isinstance(value, str): continue
                 row = result_row(pending.pop(number).name, value)
-                stream.write(write_row(row))
+                stream.write(write_row(row, made))
     return display.done - len(done)
 
 def _missing(source: Path, done: set[str], settings: Settings, pending: dict[int, Job]) -> Iterator[tuple[int, Job]]:
@@ -400,7 +404,7 @@ def label_folder(
     Raises ValueError if `out` has results of another model or other settings or other content, and for a name that is
     there twice, and filelock.Timeout if another process is writing to `out`."""
     how = {name: options.pop(name) for name in ("engine", "workers", "threads", "together") if name in options}
-    out, settings, errors, seen, pending = Path(out).resolve(), make_settings(settings, **options), {}, set(), {}
+    out, settings, errors, seen, pending = resolved(out), make_settings(settings, **options), {}, set(), {}
     made, head = dict(lm=lm.fingerprint, dtype=str(lm.dtype), settings=settings.plain()), out / "settings.json"
     if out.is_dir() and any(out.iterdir()) and not head.exists():
         raise ValueError(f"{out} holds something other than results; give a new or empty folder")

@@ -22,7 +22,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from traitlets import Instance
 
-from .files import bundled, check_writable, work_folder, write_file
+from .files import bundled, check_writable, resolved, work_folder, write_file
 from .workers import available_cpus, run_calls, start_worker
 
 # %% ../nbs/42_notebooks.ipynb #1e89d92f
@@ -115,7 +115,7 @@ def run_experiment(
 
     Raises ValueError for parameters that do not fit the notebook, before anything runs, and ExperimentError when a
     cell fails: then `figures` is as before, and the notebook as far as it came is in `runs` with `failed` in its name."""
-    notebook, figures, runs = find_experiment(name_or_path), Path(figures).resolve(), Path(runs).resolve()
+    notebook, figures, runs = find_experiment(name_or_path), resolved(figures), resolved(runs)
     check_parameters(notebook, parameters | {"figures": ""})
     if given := {"figures", "runs"} & set(parameters):
         raise ValueError(f"{' and '.join(sorted(given))} cannot be parameters here: use the arguments of these names")

@@ -335,12 +335,14 @@ def reproduce(
 
 # %% ../nbs/43_paper.ipynb #5cd2cace
 def load_verdicts(figures: str | Path) -> list[Verdict]:
-    "The verdicts in a folder, in the paper's order; raises ValueError for a file that another version wrote."
+    "The verdicts in a folder, in the paper's order; raises ValueError for one of another version, or of another experiment."
     found = []
-    for path in (Path(figures) / f"{name}.json" for name in PAPER):
-        if not path.exists(): continue
+    for name, claim in PAPER.items():
+        if not (path := Path(figures) / f"{name}.json").exists(): continue
         try: found.append(Verdict(**read_json(path, "verdict")))
         except TypeError: raise ValueError(f"{path} is no verdict of this version; run the experiment again") from None
+        if (found[-1].experiment, found[-1].form) != (claim.experiment, claim.form):
+            raise ValueError(f"{path} has the verdict on {found[-1].experiment}; run the experiment again")
     return found
 
 

@@ -31,6 +31,8 @@ def check_window(tokens, values) -> Window:
     "A window with one finite number for each token. Raises ValueError for anything else."
     if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
         raise ValueError(f"tokens is not a list of strings, it is {excerpt(tokens)}")
+    for token in tokens:
+        if half := regex.search(r"[\ud800-\udfff]", token): raise ValueError(f"a token has half of a character, {half[0]!a}")
     if not isinstance(values, list) or len(values) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens need as many values, not {excerpt(values)}")
     for value in values:
@@ -99,16 +101,21 @@ def check_top(value) -> float:
 
 def feature_of(windows: Iterable[Window], top: float = 0.0, **source) -> Feature:  # model, layer, index, explanations
     "A feature with the name model/layer/index, as far as they are known."
-    parts = [str(source[key]) for key in ("model", "layer", "index") if source.get(key) not in (None, "")]
+    place = {key: source[key] for key in ("model", "layer", "index") if source.get(key) not in (None, "")}
+    for key, value in place.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(f"{key} is {excerpt(value)}; expected a text or a whole number")
+    if not place: raise ValueError("nothing gives the feature a name: model, layer and index are not there")
     known = {key: value for key, value in source.items() if value not in (None, "", [], {})}
-    return from_windows("/".join(parts), windows, top, known)
+    return from_windows("/".join(map(str, place.values())), windows, top, known)
 
 # %% ../nbs/25_read.ipynb #a5a139ad
 def _key(record) -> tuple[str, str, str]:
     if not isinstance(record, dict): raise ValueError(f"expected an object of Neuronpedia, got {excerpt(record)}")
-    key = tuple(str(record.get(name, "")) for name in ("modelId", "layer", "index"))
-    if "" in key: raise ValueError("an object of Neuronpedia has modelId, layer and index")
-    return key
+    for name in ("modelId", "layer", "index"):
+        if isinstance(value := record.get(name), bool) or not isinstance(value, (str, int)) or value == "":
+            raise ValueError(f"{name} is {excerpt(value)}; an object of Neuronpedia has modelId, layer and index")
+    return tuple(str(record[name]) for name in ("modelId", "layer", "index"))
 
 def _descriptions(records: Iterable) -> list[str]:
     texts = (record.get("description") for record in records if isinstance(record, dict))
@@ -119,7 +126,7 @@ def _neuronpedia(key: tuple[str, str, str], records: list[tuple[str, dict]], abo
     windows, about = [], list(about)
     for place, record in records:
         with located(place):
-            windows += check_windows(items(record, "activations", [record]))
+            windows += check_windows(items(record, "activations") if "activations" in record else [record])
             check_top(record.get("maxActApprox"))
             about += [record, *items(record, "explanations")]
     top = max((check_top(record.get("maxActApprox")) for record in about if isinstance(record, dict)), default=0.0)
@@ -136,8 +143,10 @@ def neuronpedia(path: Path, records: list[tuple[str, dict]]) -> Iterator[Maker]:
 def batches(folder: Path) -> list[Path]: return sorted(folder.glob("batch-*.jsonl*"), key=natural)
 
 def _lines(path: Path) -> Iterator[tuple[tuple, str, dict]]:  # key, place, record
-    for place, record in read_records(path):
-        with located(where := f"{path.parent.name}/{file_name(path)}: {place}"): yield _key(record), where, record
+    with located(name := f"{path.parent.name}/{file_name(path)}"): records = read_records(path)
+    for place, record in records:
+        with located(where := f"{name}: {place}"): key = _key(record)
+        yield key, where, record
 
 def neuronpedia_export(folder: Path) -> Iterator[Maker]:
     "The features of a bulk export, joined on model, layer and index. Each is given after its last window."
@@ -190,6 +199,8 @@ def balanced_accuracy(entries: list[dict]) -> float | None:  # None if one of th
     right = {True: [], False: []}
     for entry in entries:
         said = entry.get("correct", entry.get("prediction"))
+        if not isinstance(said, (bool, type(None))) and said not in (0, 1):
+            raise ValueError(f"an answer is {excerpt(said)}; expected true or false")
         if said is not None: right[bool(entry.get("ground_truth", _activates(entry)))].append(bool(said))
     return float(np.mean([np.mean(answers) for answers in right.values()])) if all(right.values()) else None
 
@@ -214,14 +225,16 @@ def _about(folder: Path | None, stem: str) -> dict:  # folder: of the run, if kn
     found = dict(layer=parts[1], index=int(parts[2]))
     if not folder: return found
     for path in (folder / "run_config.json", folder / "latents" / parts[1] / "config.json"):
-        for _, config in read_records(path) if path.is_file() else ():
+        with located(str(path.relative_to(folder))): configs = read_records(path) if path.is_file() else ()
+        for _, config in configs:
             if isinstance(config, dict): found["model"] = config.get("model_name", config.get("model"))
     path = folder / "explanations" / f"{stem}.txt"
     return found | dict(explanations=[_explanation(path)] if path.is_file() else [])
 
 def _explanation(path: Path) -> str:
-    text = decode(read_bytes(path)).strip()
-    return str(parse_json(text)[0]) if text.startswith('"') else text
+    with located(f"{path.parent.name}/{file_name(path)}"):
+        text = decode(read_bytes(path)).strip()
+        return str(parse_json(text)[0]) if text.startswith('"') else text
 
 # %% ../nbs/25_read.ipynb #fbdcee0d
 def _cached(folder: Path, stem: str, cache: Cache, part: np.ndarray, tokenizer) -> Feature:  # part: its activations in the cache
@@ -281,16 +294,22 @@ FORMATS = [Format({"modelId", "layer", "index", "activations"}, neuronpedia),
 def _file(path: Path) -> Iterator[Maker]:
     records = read_records(path)
     keys = records[0][1].keys() if isinstance(records[0][1], dict) else set()
-    read = next((format.read for format in FORMATS if format.keys <= keys), None)
-    return read(path, records) if read else iter([partial(Feature.from_records, file_stem(path), records)])
+    if read := next((format.read for format in FORMATS if format.keys <= keys), None): return read(path, records)
+    near = max(FORMATS, key=lambda format: len(format.keys & keys))
+    if (lacking := near.keys - keys) < near.keys and not keys & {"word", "text"}:
+        raise ValueError(f"{records[0][0]}: an object with {', '.join(sorted(near.keys & keys))} needs {', '.join(sorted(lacking))}, too")
+    return iter([partial(Feature.from_records, file_stem(path), records)])
 
 def _folder(folder: Path, tokenizer) -> Iterator[Maker]:
     if (folder / "activations").is_dir(): return neuronpedia_export(folder)
     if (folder / "latents").is_dir() or (folder / "scores").is_dir(): return delphi(folder, tokenizer)
-    files = [path for path in folder.iterdir() if regex.search(r"\.jsonl?(\.gz)?$", path.name)]
-    files = [path for path in files if path.name.startswith("batch-")] or files  # SAEDashboard puts its settings beside them
-    if not files: raise ValueError("the folder has no activations/, latents/ or scores/, and no file with JSON")
-    return _files(sorted(files, key=natural))
+    files = [path for path in folder.iterdir() if regex.match(r"[^.].*\.(jsonl?|csv|tsv)(\.(gz|bz2|xz))?$", path.name) and path.is_file()]
+    read = [path for path in files if path.name.startswith("batch-")] or files
+    if not read: raise ValueError("the folder has no activations/, latents/ or scores/, and no file with JSON or a table")
+    if left := sorted(path.name for path in files if path not in read and not regex.match("run_settings|skipped_indexes", path.name)):
+
+        warnings.warn(f"{file_name(folder)}: {', '.join(left)} is not read, the features are in batch-*.json")
+    return _files(sorted(read, key=natural))
 
 def _inside(path: Path, make: Maker) -> Feature:
     with located(file_name(path)): return make()
@@ -311,6 +330,9 @@ def read_features(
     A feature with wrong data, or without an activation, is left out; a warning counts them at the end. Raises ValueError, on
     one line, for other files, and if no feature is right."""
     path, count, errors = Path(path), 0, []
+    if not (tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens")):
+        raise TypeError(f"tokenizer is {excerpt(tokenizer)}; give a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
+
     with located(file_name(path)):
         for count, make in enumerate(_folder(path, tokenizer) if path.is_dir() else _file(path), 1):
             try: feature = make()

@@ -20,14 +20,16 @@ from .words import excerpt, located, printable
 OPENERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 OTHERS = {b"par1": "a Parquet file", b"pk\x03\x04": "a ZIP archive or an Excel file", b"(\xb5/\xfd": "compressed with zstd",
           b"%pdf": "a PDF", b"\x89png": "a picture", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"\x89hdf": "an HDF5 file",
-          b"sqlite format": "a database", b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML file",
+          b"sqlite format": "a database", b"\x93numpy": "a NumPy array", b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML file",
           b"version https://git-lfs": "a pointer of Git LFS and not the file; fetch it with: git lfs pull"}
 
 def read_bytes(path: Path) -> bytes:
     "The content of a file, decompressed. Raises ValueError for a damaged file and for a file of another program."
+    if path.is_char_device() or path.is_block_device(): raise ValueError("it is a device, not a file")
     data = path.read_bytes()
-    opener = next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), bytes)
-    try: data = opener(data)
+
+    try:
+        while opener := next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None): data = opener(data)
     except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error):
         raise ValueError("the file is compressed, and cut off or damaged") from None
     begin = data[:64].lstrip().lower()
@@ -64,6 +66,7 @@ def decode(data: bytes) -> str:
     "UTF-8 as text, without a byte order mark. Raises ValueError, which names the encoding, for other bytes."
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     head = data[:4096]
+    if head and head.count(0) == len(head): raise ValueError("the file has zero bytes in the place of a text")
     if not encoding and 4 * head.count(0) > len(head):
         encoding = "UTF-32" if head.count(0) > 0.6 * len(head) else "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE"
     if encoding: raise ValueError(f"the file is in {encoding}; save it as UTF-8, as with: iconv -f {encoding} -t UTF-8")
@@ -141,6 +144,7 @@ def table_rows(text: str) -> list[tuple[str, dict[str, str]]]:  # place, cells b
     separator = next((mark for mark in "\t;," if mark in first), None)
     if not separator:
         raise ValueError(f"neither JSON nor a table, the first line is {excerpt(first)}; give JSON lines, or {COLUMNS}")
+    csv.field_size_limit(2**31 - 1)  # a long text is no fault
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try: table = [row for row in lines if separator.join(row).strip(SPACE)]
     except csv.Error as error: raise ValueError(f"not a table ({error} in line {lines.line_num}); give {COLUMNS}") from None

@@ -184,7 +184,8 @@ def load(cls: LabelResult, folder: str | Path) -> LabelResult:
     """Read a result that `save` wrote. Raises FileNotFoundError if the folder has no result, and ValueError if a file is
     damaged or comes from another version of the package."""
     folder, file = Path(folder), "result.json"
-    check_seal(folder, "result")
+    check_seal(folder, "result", "result.json", "feature.jsonl", *(f"{name}.parquet" for name in TABLES))
+
     try:
         rest = json.loads((folder / file).read_bytes())
         if missing := cls.__dataclass_fields__.keys() - rest.keys() - set(TABLES):

@@ -113,10 +113,14 @@ def read_cache(file: Path) -> Cache:
     locations, activations, tokens = (arrays[key] for key in ("locations", "activations", "tokens"))
     if locations.ndim != 2 or locations.shape[1] != 3 or tokens.ndim != 2 or activations.shape != locations.shape[:1]:
         raise ValueError("shapes do not agree: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
-    locations, limits = locations.astype(np.int64), (*tokens.shape, end - start + 1)
-    if len(locations) and (locations.max(0) >= limits).any():
-        raise ValueError(f"location {locations.max(0).tolist()} is outside of {list(limits)} rows, positions and latents")
-    return Cache(start, end - start + 1, locations, activations.astype(float), tokens.astype(np.int64))
+    for name in "locations", "tokens":
+        if arrays[name].dtype.kind not in "iu": raise ValueError(f"{name} has numbers of type {arrays[name].dtype}; expected integers")
+    if end < start or end - start >= 2**24: raise ValueError(f"{file.stem} is no range of at most {2**24:,} latents")
+    locations, tokens, limits = locations.astype(np.int64), tokens.astype(np.int64), (*tokens.shape, end - start + 1)
+    if wrong := next((place for place in locations.tolist() if not all(0 <= x < limit for x, limit in zip(place, limits))), None):
+        raise ValueError(f"location {wrong} is outside of {list(limits)} rows, positions and latents")
+    if tokens.min(initial=0) < 0: raise ValueError(f"token {tokens.min()} is negative")
+    return Cache(start, end - start + 1, locations, activations.astype(float), tokens)
 
 def natural(path: Path) -> list:
     "A key that sorts batch-10 behind batch-9."

@@ -70,7 +70,8 @@ def write_delphi(results: Iterable[LabelResult], folder: str | Path) -> Path:  #
     for result in results:
         name = "{}_latent{}.txt".format(*_place(result, "layer", "index"))
         if Path(name).name != name or CONTROL.search(name): raise ValueError(f"{excerpt(name)} is not the name of a file")
-        if name in files: raise ValueError(f"two results have the name {excerpt(name)}; keep one")
+        if name in files: raise ValueError(
+            f"two results are for the file {excerpt(name)}; give results of one model, and of each latent one")
         files[name] = json.dumps(result.label.strip(), ensure_ascii=False)
     target.mkdir(parents=True, exist_ok=True)
     for name, text in files.items(): _write(target / name, text)
