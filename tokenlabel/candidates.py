@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from .feature import ACTIVE
 from .forward import Discriminator, label_log_probs

@@ -127,7 +127,7 @@ def loading_fault(
     model: "transformers.PreTrainedModel",  # in quotes: importing this class takes longer than importing PyTorch
 ) -> str | None:
     "How the weights of a checkpoint differ from those of the model, in words that follow the name of the file."
-    kind, output, given = type(model).__name__, model.get_output_embeddings(), getattr(model.config, "architectures", None)
+    kind, output = type(model).__name__, model.get_output_embeddings()
     missing, mismatched = set(report["missing_keys"]), {name: sizes for name, *sizes in report["mismatched_keys"]}
     extra = {name for name in report["unexpected_keys"] if not re.search(MASK, name)}
     head = {f"{name}.{part}" for name, module in model.named_modules() if module is output for part in ("weight", "bias")}

@@ -6,7 +6,6 @@
 __all__ = ['PHASES', 'phase_of', 'sweep', 'save_maps', 'load_maps', 'phase_map_svg']
 
 # %% ../nbs/24_phase.ipynb #86e8e469
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
