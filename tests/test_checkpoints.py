@@ -64,6 +64,11 @@ def as_bin(folder):
     (folder / "model.safetensors").unlink()
 
 
+def with_object(folder):
+    torch.save(load_file(folder / "model.safetensors") | {"where": Path("here")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def sharded(folder):
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="30KB")
     (folder / "model.safetensors").unlink()
@@ -167,7 +172,7 @@ CASES = {  # name: (change, what the message has in it)
     "config null": (text("config.json", "null"), "config.json: it is no JSON object"),
     "generation config": (text("generation_config.json", '{"watermarking_config": 5}'), "generation_config.json: "),
     "zeros": (weights(lambda name, weight: (name, weight * (name != "lm_head.weight"))), "has only zeros in its output layer"),
-    "a pickle of objects": (lambda folder: (as_bin(folder), torch.save(dict(a=Path("x")), folder / "pytorch_model.bin")),
+    "a pickle of objects": (with_object,
                             "pytorch_model.bin: it holds other Python objects than weights, or is cut; save"),
     "index names another folder": (both(sharded, index(**{"lm_head.weight": "../other.safetensors"})), "names '../other.safetensors', which is no"),
     "index names another path": (both(sharded, index(**{"lm_head.weight": "/tmp/other.safetensors"})), "which is no file of the folder"),
