@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'CJK_FONT', 'COLORS', 'NAME_WIDTH', 'style', 'drawable', 'name_ends', 'best_restart',
            'weighted_terms', 'plot_losses', 'plot_tokens', 'plot_plane', 'plot_accuracy', 'plot_heldout', 'plot_result',
-           'save_figure']
+           'png_bytes', 'save_figure']
 
 # %% ../nbs/31_plot.ipynb #48804d81
 import io
@@ -355,19 +355,25 @@ def plot_result(
     return fig
 
 # %% ../nbs/31_plot.ipynb #47725768
+def png_bytes(figure: Figure, dpi: int = 200, caption: str = "") -> bytes:
+    "A PNG with at most 256 colors, which is a third as large."
+    info, png, small = PngInfo(), io.BytesIO(), io.BytesIO()
+    if caption: info.add_itxt("Description", caption)
+    figure.savefig(png, format="png", dpi=dpi, metadata={"Software": None})
+    Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", dpi=(dpi, dpi), pnginfo=info)
+    return small.getvalue()
+
+
 def save_figure(
-    figure: Figure,         # any matplotlib figure
+    figure: Figure,          # any matplotlib figure
     path: str | Path,       # with or without ".png"; its folder is made if it is missing
     pdf: bool = False,      # also write a PDF beside the PNG
     caption: str = "",      # Description of the PNG and Subject of the PDF; "": the figure's label, if it has one
 ) -> Path:                  # the PNG
     "Write a PNG (200 dpi), and on request a PDF (vector, fonts embedded as TrueType), replacing the old files."
-    caption, info, small = caption or figure.get_label(), PngInfo(), io.BytesIO()
-    if caption: info.add_itxt("Description", caption)
+    caption, path = caption or figure.get_label(), str(path).removesuffix(".png")
     with style():
-        figure.savefig(png := io.BytesIO(), format="png", dpi=200, metadata={"Software": None})
+        png = png_bytes(figure, caption=caption)
         if pdf: figure.savefig(vector := io.BytesIO(), format="pdf", metadata={"CreationDate": None, "Subject": caption or None})
-    Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", dpi=(200, 200), pnginfo=info)
-    path = str(path).removesuffix(".png")
     if pdf: write_file(path + ".pdf", vector.getvalue())
-    return write_file(path + ".png", small.getvalue())
+    return write_file(path + ".png", png)

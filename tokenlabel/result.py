@@ -7,7 +7,6 @@ __all__ = ['NO_TABLE', 'NO_SCORES', 'NO_WORDS', 'TABLES', 'LabelResult']
 
 # %% ../nbs/15_result.ipynb #645904a0
 import base64
-import io
 import json
 from dataclasses import dataclass, field
 from html import escape
@@ -137,12 +136,11 @@ def plot(self: LabelResult) -> "matplotlib.figure.Figure":
 # %% ../nbs/15_result.ipynb #85a13dde
 @patch
 def _repr_html_(self: LabelResult) -> str:
-    picture = io.BytesIO()
-    self.plot().savefig(picture, format="png", dpi=60)
+    from tokenlabel.plot import png_bytes
     parts = [f"<p>{escape(self.headline())}</p>", f"<p><b>{escape(self.verdict)}</b> {escape(self.evidence)}</p>" * bool(self.verdict),
              self.ranking_head().to_html(float_format="{:.3f}".format)]
     if not self.heldout.empty: parts += ["<p>Held out, 95 % intervals:</p>", self.heldout_wide().to_html()]
-    return "".join([*parts, f'<div><img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"></div>'])
+    return "".join([*parts, f'<div><img src="data:image/png;base64,{base64.b64encode(png_bytes(self.plot(), dpi=60)).decode()}"></div>'])
 
 # %% ../nbs/15_result.ipynb #4d065242
 TABLES = ("ranking", "heldout", "trace", "words", "scores")
