@@ -379,11 +379,11 @@ def test_words_with_letters_that_vocabularies_also_use_are_words():
 
 def test_spans_are_found_in_linear_time():
     def seconds(n):
-        text, start = "saw " * n, time.perf_counter()
+        text, start = "saw " * n, time.process_time()
         offsets = [(4 * k, 4 * k + 4) for k in range(n)]
         feature = Feature.from_tokens("f", [text], [offsets], [[float(k % 2) for k in range(n)]], 0.5)
         assert len(feature.spans[0]) == n // 2
-        return time.perf_counter() - start
+        return time.process_time() - start
     seconds(100)
     assert min(seconds(20_000) for _ in range(2)) < 50 * min(seconds(2_000) for _ in range(3))
 

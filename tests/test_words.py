@@ -71,8 +71,8 @@ def test_a_terminal_gets_no_control_characters():
 @pytest.mark.parametrize("part", ["word ", "a", "\u0301", "🇩", "👩\u200d", "a\u00ad", "...", "我", "\u200b", "a'", "1,"])
 def test_splitting_is_linear(part):
     def seconds(n):
-        start = time.perf_counter()
+        start = time.process_time()
         split_words(part * n)
-        return time.perf_counter() - start
+        return time.process_time() - start
     seconds(100)
     assert seconds(40_000) < 40 * min(seconds(4_000) for _ in range(3)) + 0.01
