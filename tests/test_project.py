@@ -145,7 +145,7 @@ def test_lesson_runs(copy, path): check_lesson(copy, path)
 SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": dict(quick=True, features=["mammals"])}
 SMALL |= {name: dict(quick=True) for name in ("cost", "long_labels", "wordnet", "phase_map", "prompts", "search", "questions", "settings")}
 SMALL["latents"] = dict(silent=4, workers=1)
-SMALL["sae"] = dict(tokens=400, latents=24, k=3, layer=0, epochs=2, batch=4, length=12, scored=4)
+SMALL["sae"] = dict(tokens=400, latents=24, k=3, layer=0, epochs=2, batch=4, length=12, scored=4, shown=[0])
 
 
 def write_latents(path):

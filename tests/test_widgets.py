@@ -14,7 +14,7 @@ from tokenlabel import widgets
 from tokenlabel.exploration import Exploration, live_settings
 from tokenlabel.feature import Feature
 from tokenlabel.settings import FIELDS
-from tokenlabel.widgets import OWN, Explorer, Worker, describe, draw, explore, make_sliders, own_feature, read_words
+from tokenlabel.widgets import FEATURES, OWN, Explorer, Worker, describe, draw, explore, make_sliders, own_feature, read_words
 
 
 def small():
@@ -494,3 +494,9 @@ def test_a_prepared_exploration_is_taken_by_one_explorer_only(tiny, monkeypatch)
     assert first.exploration is ready and second.exploration is not ready and not widgets.prepared
     assert first.exploration.discriminator.tokens.feature == second.exploration.discriminator.tokens.feature
     for made in first, second: made.close()
+
+
+def test_latents_of_the_package_are_features():
+    latents = [make() for name, make in FEATURES.items() if name.startswith("latent")]
+    assert len(latents) == 3
+    for one in latents: assert sorted(spans[0].activation for spans in one.spans) == [0.0] * 16 + [1.0] * 16

@@ -12,7 +12,7 @@ import io, math, os, re, time, traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from threading import Lock, Thread, current_thread
 from urllib.parse import parse_qsl, urlencode
@@ -265,6 +265,8 @@ class Bridge(AnyWidget):
 # %% ../nbs/45_widgets.ipynb #3ec743d5
 FEATURES = {"animals": synthetic.animals, "mammals": synthetic.mammals, "numbers": synthetic.numbers,
             "Chinese": synthetic.chinese, "palindromes": synthetic.palindromes}
+FEATURES |= {f"latent {path.stem}": partial(Feature.from_jsonl, path, f"latent {path.stem}")
+             for path in sorted((synthetic.DATA / "latents").glob("*.jsonl"))}  # of the package's own autoencoder
 OWN = "my own words"
 _running = WeakSet()  # explorers that may run
 default_lm = lru_cache(lambda: load_lm(dtype="fastest"))  # loaded once for all explorers
