@@ -71,11 +71,11 @@ def test_a_folder_that_cannot_be_moved_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be replaced"): check_replaceable(Path("."))
     protected = tmp_path / "protected"
     (protected / "result").mkdir(parents=True)
-    make = module.tempfile.TemporaryDirectory
+    make = module.tempfile.TemporaryFile
     def denied(dir, **how):
         if dir == protected: raise PermissionError(13, "Permission denied")
         return make(dir=dir, **how)
-    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", denied)
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", denied)
     with pytest.raises(ValueError, match=f"{protected} cannot be written to"): check_replaceable(protected / "result")
 
 

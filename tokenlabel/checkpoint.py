@@ -147,7 +147,6 @@ def loading_fault(
 def weights_fault(model: "transformers.PreTrainedModel") -> str | None:
     "The first weight of a model that is no float, or not finite; None if there is none. Quantized models keep integers."
     quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
-    
     for name, weight in model.named_parameters():
         if weight.is_meta: continue  # its numbers are on disk
         if weight.dtype.itemsize < 2 or not weight.is_floating_point():

@@ -56,7 +56,6 @@ def _label(options) -> int:
     except BaseException:  # the figure failed, or Ctrl-C: the result is kept
         result.save(out)
         raise
-
     if not options.json: print(f"\nsaved in {out}: figure.png, ranking.csv and other tables")
     return 130 if result.interrupted else 0
 
@@ -79,11 +78,9 @@ def _label_many(features, out: Path, options, settings) -> int:
     results = list(read_folder(out))
     for name in ("labels.csv", "labels.jsonl"): write_table(results, out / name)
     having = lambda *keys: [result for result in results if all(result.feature.source.get(key) not in (None, "") for key in keys)]
-    known = having("layer", "index")
-    models = {str(result.feature.source.get("model")) for result in known}
-    for model in models:  # delphi's names of files do not tell models apart
-        write_delphi([result for result in known if str(result.feature.source.get("model")) == model],
-                     out if len(models) == 1 else out / "delphi" / result_name(model))
+    models = {}  # delphi's names of files do not tell them apart
+    for result in having("layer", "index"): models.setdefault(str(result.feature.source.get("model")), []).append(result)
+    for model, known in models.items(): write_delphi(known, out if len(models) == 1 else out / "delphi" / result_name(model))
 
     if known := having("model", "layer", "index"): write_neuronpedia(known, out / "neuronpedia.jsonl")
     page = write_page(results, out / "page.html")

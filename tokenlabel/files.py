@@ -92,7 +92,7 @@ def check_writable(folder: Path) -> None:
     folder = resolved(folder)
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir(): raise ValueError(f"{above} is a file; give a folder")
-    try: tempfile.TemporaryDirectory(prefix=".", dir=above).cleanup()  # even root cannot write everywhere
+    try: tempfile.TemporaryFile(dir=above).close()  # even root cannot write everywhere
     except OSError as error: raise ValueError(f"{above} cannot be written to ({error.strerror}); give another folder") from None
 
 # %% ../nbs/32_files.ipynb #7661bd54

@@ -290,7 +290,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, Feature | ValueError]]:  # name
     "Features from JSON lines or Parquet. Raises ValueError for a row that is no object or has no name."
     parquet = path.suffix.lower() == ".parquet"
     rows = _parquet_rows(path) if parquet else _json_lines(path)
-
     for number, row in enumerate(rows, 1):
         with located(f"{path.name}, feature {number}"):
             if not parquet: row = _json_row(row)

@@ -307,7 +307,6 @@ def _folder(folder: Path, tokenizer) -> Iterator[Maker]:
     read = [path for path in files if path.name.startswith("batch-")] or files
     if not read: raise ValueError("the folder has no activations/, latents/ or scores/, and no file with JSON or a table")
     if left := sorted(path.name for path in files if path not in read and not regex.match("run_settings|skipped_indexes", path.name)):
-
         warnings.warn(f"{file_name(folder)}: {', '.join(left)} is not read, the features are in batch-*.json")
     return _files(sorted(read, key=natural))
 

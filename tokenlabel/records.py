@@ -27,7 +27,6 @@ def read_bytes(path: Path) -> bytes:
     "The content of a file, decompressed. Raises ValueError for a damaged file and for a file of another program."
     if path.is_char_device() or path.is_block_device(): raise ValueError("it is a device, not a file")
     data = path.read_bytes()
-
     try:
         while opener := next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None): data = opener(data)
     except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error):

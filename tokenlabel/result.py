@@ -183,7 +183,6 @@ def load(cls: LabelResult, folder: str | Path) -> LabelResult:
     damaged or comes from another version of the package."""
     folder, file = Path(folder), "result.json"
     check_seal(folder, "result", "result.json", "feature.jsonl", *(f"{name}.parquet" for name in TABLES))
-
     try:
         rest = json.loads((folder / file).read_bytes())
         if missing := cls.__dataclass_fields__.keys() - rest.keys() - set(TABLES):

@@ -117,8 +117,8 @@ def read_cache(file: Path) -> Cache:
         if arrays[name].dtype.kind not in "iu": raise ValueError(f"{name} has numbers of type {arrays[name].dtype}; expected integers")
     if end < start or end - start >= 2**24: raise ValueError(f"{file.stem} is no range of at most {2**24:,} latents")
     locations, tokens, limits = locations.astype(np.int64), tokens.astype(np.int64), (*tokens.shape, end - start + 1)
-    if wrong := next((place for place in locations.tolist() if not all(0 <= x < limit for x, limit in zip(place, limits))), None):
-        raise ValueError(f"location {wrong} is outside of {list(limits)} rows, positions and latents")
+    if (wrong := ((locations < 0) | (locations >= limits)).any(1)).any():
+        raise ValueError(f"location {locations[wrong.argmax()].tolist()} is outside of {list(limits)} rows, positions and latents")
     if tokens.min(initial=0) < 0: raise ValueError(f"token {tokens.min()} is negative")
     return Cache(start, end - start + 1, locations, activations.astype(float), tokens)
 
