@@ -13,9 +13,11 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import save_file
 
 from conftest import Forked
 
@@ -146,6 +148,8 @@ SMALL = {"balance": dict(seeds=1, words=24, shares=[0.0, 1.0]), "evaluators": di
 SMALL |= {name: dict(quick=True) for name in ("cost", "long_labels", "wordnet", "phase_map", "prompts", "search", "questions", "settings")}
 SMALL["latents"] = dict(silent=4, workers=1)
 SMALL["sae"] = dict(tokens=400, latents=24, k=3, layer=0, epochs=2, batch=4, length=12, scored=4, shown=[0])
+SMALL["hundred"] = dict(count=12, together=6, generated=2)
+SMALL["paper_recipe"] = dict(quick=True, claims=[], ladder=["animals_words"])
 
 
 def write_latents(path):
@@ -160,6 +164,18 @@ def write_latents(path):
     return str(path)
 
 
+def write_autoencoder(folder):
+    "A top-k autoencoder for the tiny model whose latents are random directions, and texts on which they fire."
+    folder.mkdir()
+    directions = torch.nn.functional.normalize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    save_file(dict(W_enc=directions.T.contiguous(), b_enc=torch.zeros(24), W_dec=directions, b_dec=torch.zeros(64)), folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(dict(
+        architecture="topk", d_in=64, d_sae=24, k=1, apply_b_dec_to_input=True, metadata=dict(hook_name="blocks.0.hook_resid_post"))))
+    texts = [f"the {a} and the {b} sat on the {c}" for a in ("cat", "dog", "horse") for b in ("animal", "book") for c in ("mat", "car", "house")]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
@@ -170,6 +186,7 @@ def test_a_study_runs_with_another_model(copy, tiny_folder, tmp_path, name):
     given |= {each: str(tmp_path / each) for each in ("runs", "data") if each in read}
     given |= {"lms": [tiny_folder]} if "lms" in read else {"lm": tiny_folder}
     if "path" in read: given["path"] = write_latents(tmp_path / "latents.jsonl")
+    if "sae" in read: given |= {"sae": write_autoencoder(tmp_path / "sae"), "page": str(tmp_path / "page.html")}
     assert set(given) <= set(read)
     nbformat.write(papermill.parameterize.parameterize_notebook(nb, given), copy / path)
     check_lesson(copy, path)

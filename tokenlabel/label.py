@@ -173,15 +173,15 @@ def text_gains(judge: Discriminator, labels: Sequence[str]) -> np.ndarray:  # [l
 
 
 def rank_by_text(ranking: pd.DataFrame, gains: np.ndarray, judge: Discriminator, settings: Settings) -> pd.DataFrame:
-    "A ranking by type, with the loss on whole texts added; `gains` of its labels, from `text_gains`."
+    "The ranking of a search by type, by the loss on whole texts; `gains` of its labels, from `text_gains`."
     words = judge.tokens.words
     texts = words.groupby("text").agg(activation=("activation", "max"), heldout=("heldout", "first"))
     active, out = torch.tensor(texts.activation.to_numpy() > 0).float(), torch.tensor(texts.heldout.to_numpy(), dtype=torch.bool)
     z = torch.tensor(np.maximum.reduceat(gains, np.flatnonzero(np.diff(words.text, prepend=-1)), axis=1))
     on, off = class_weights(active, settings.positive_weight or 0.5, weight=~out)
     z = z + fit_bias(z, on, off)[:, None]
-    mean = (ranking.accuracy_loss + cross_entropy(z, on, off).numpy()) / 2
-    ranking = ranking.assign(loss=ranking.loss + settings.accuracy_weight * (mean - ranking.accuracy_loss), accuracy_loss=mean,
+    loss = cross_entropy(z, on, off).numpy()
+    ranking = ranking.assign(loss=settings.accuracy_weight * loss + kl_weight(settings, judge) * ranking.kl, accuracy_loss=loss,
                              auroc_train=auroc(z[:, ~out], active[~out]))
     if out.any():
         ranking["auroc_heldout"] = auroc(z[:, out], active[out])
