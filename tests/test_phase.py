@@ -88,11 +88,11 @@ def test_maps_are_read_as_they_were_written(tmp_path):
     assert load_maps("other/model", file) == {} and load_maps("some/model", tmp_path / "none.json") == {}
 
 
-def test_the_stored_maps_are_of_four_features_and_of_the_default_model():
+def test_the_stored_maps_are_of_the_synthetic_features_and_a_latent():
     figures = Path(str(files("tokenlabel"))).parent / "figures"
     stored = read_json(figures / "phase_map.json", "phase maps")
     maps = load_maps("SmolLM2-135M-Instruct")
-    assert stored["lm"] == "SmolLM2-135M-Instruct" and list(maps) == ["animals", "mammals", "Chinese", "numbers"]
+    assert stored["lm"] == "SmolLM2-135M-Instruct" and list(maps) == ["animals", "mammals", "Chinese", "numbers", "latent 2341"]
     for found in maps.values(): assert len(found) == 25 and found.phase.isin(PHASES).all()
     assert {phase for found in maps.values() for phase in found.phase} == set(PHASES)
     drawn = [title.text for title in ET.parse(figures / "phase_map.svg").iter(f"{SVG}title")]

@@ -9,7 +9,7 @@ __all__ = ['Prompt', 'read_prompt', 'PromptTensors', 'stack_prompts', 'attention
 
 # %% ../nbs/10_channel.ipynb #e8abb1ea
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -335,16 +335,21 @@ def batches(self: Channel, most: int = 1024) -> list[ChannelBatch]:
 @patch
 def read_together(self: Channel, queries: Sequence[Query]) -> list[tuple[Tensor, Tensor]]:
     "Answers to queries with labels of T tokens each to discriminators with equal prompts, from one forward pass."
-    chosen = [self._chosen(query.prompt_index) for query in queries]
-    parts = [Part(torch.tensor(some), query.label, query.batch.packing) for query, some in zip(queries, chosen)]
     answers = []
-    for (one, _, batch, _), some, (log_p, hidden) in zip(queries, chosen, read_parts(self.lm, self.stacked, parts)):
-        gain = (log_p - one.marginal[some][:, None, batch.token]).mean(0)  # [B, N]
-        z = gain.new_zeros(len(gain), len(batch.example)).index_add(1, batch.example_of_token.to(gain.device), gain)
-        first = self.label_prior.expand(len(gain), 1, -1)
+    for z, hidden in self._logits(queries):
+        first = self.label_prior.expand(len(z), 1, -1)
         later = [label_log_probs(self.lm, hidden[:, :, :-1]).mean(0)] if hidden.shape[2] > 1 else []
         answers.append((z, torch.cat([first, *later], 1)))
     return answers
+
+
+@patch
+def _logits(self: Channel, queries: Sequence[Query]) -> Iterator[tuple[Tensor, Tensor]]:  # [B, E]; hidden states [Q, B, T, d]
+    chosen = [self._chosen(query.prompt_index) for query in queries]
+    parts = [Part(torch.tensor(some), query.label, query.batch.packing) for query, some in zip(queries, chosen)]
+    for (one, _, batch, _), some, (log_p, hidden) in zip(queries, chosen, read_parts(self.lm, self.stacked, parts)):
+        gain = (log_p - one.marginal[some][:, None, batch.token]).mean(0)  # [B, N]
+        yield gain.new_zeros(len(gain), len(batch.example)).index_add(1, batch.example_of_token.to(gain.device), gain), hidden
 
 
 @patch
@@ -377,7 +382,8 @@ def token_logits(
     longest = max(len(prompt.after) for prompt in self.read_prompts) + ids.shape[1]
     each = len(self._chosen(prompt_index)) * len(batch.packing.ids) * (longest + batch.packing.ids.shape[1])
     size = max(1, chunk(self.lm, 2048) // each)
-    return torch.cat([self.read(self.lm.embed(part), batch, prompt_index)[0] for part in ids.split(size)])
+    read = lambda part: next(self._logits([Query(self, self.lm.embed(part), batch, prompt_index)]))[0]  # without the prior
+    return torch.cat([read(part) for part in ids.split(size)])
 
 # %% ../nbs/10_channel.ipynb #7d79e370
 @patch

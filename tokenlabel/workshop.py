@@ -346,8 +346,8 @@ check_balanced_accuracy = FunctionCheck(
 
 # %% ../nbs/46_workshop.ipynb #c7472f83
 # for each latent of the exercise, a text with what its label names
-NEW_TEXTS = {2959: "They saw 7 dogs and 25 trees in 1990.", 1419: "The bread costs a few cents, the milk some dollars and a penny.",
-             1049: "A bird can fly, and a fish cannot.", 2375: "They play music at concerts."}
+NEW_TEXTS = {873: "She has two dogs, three cats and multiple birds.", 2050: "The two governments signed a treaty on taxes.",
+             2159: "They have a house, and he has a car.", 811: "They buy and sell stocks."}
 
 
 def check_wrong_label(
