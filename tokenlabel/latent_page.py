@@ -9,6 +9,7 @@ __all__ = ['COLORS', 'NAMES', 'LEGEND', 'STYLE', 'SCRIPT', 'HEADS', 'shown_texts
 # %% ../nbs/27_latent_page.ipynb #110e6a91
 from collections.abc import Iterable
 from html import escape
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -169,16 +170,20 @@ HEADS = {"name": "latent", "label": "label", "verdict": "verdict", "detection_au
 
 def write_page(results: Iterable[LabelResult], path: str | Path) -> Path:  # `path`
     "Write one HTML file with a table and a card for each result, all of it or nothing. It needs no other file and no network."
-    rows, cards, number = [], [], lambda value: "" if value is None else f"{value:.2f}"
-    numbers = {name for name in HEADS if name.startswith(("detection", "fuzzing", "simulation"))}
+    found, rows, cards, number = [], [], [], lambda value: "" if value is None else f"{value:.2f}"
     for n, result in enumerate(results):
-        row = summary_row(result)
-        cells = {name: number(row[name]) if name in numbers else escape(printable(str(row[name] or ""))) for name in HEADS}
-        cells["name"] = f'<a href="#latent-{n}">{cells["name"] or "no name"}</a>'
-        rows.append("".join(f"<td{' class=n' * (name in numbers)}>{cell}</td>" for name, cell in cells.items()))
+        found.append(summary_row(result))
         cards.append(f'<section id="latent-{n}">{latent_card(result)}</section>')
-    heads = "".join(f"<th{' class=n' * (name in numbers)}><button>{head}</button></th>" for name, head in HEADS.items())
-    title = f"Labels of {len(rows)} feature{'s' * (len(rows) != 1)}"
+    shared = commonprefix([str(row["name"]) for row in found]).rpartition("/")[0] if len(found) > 1 else ""  # said once, above
+    heads = {name: head for name, head in HEADS.items() if name in ("name", "label") or any(row[name] not in (None, "") for row in found)}
+    numbers = {name for name in heads if name.startswith(("detection", "fuzzing", "simulation"))}
+    for n, row in enumerate(found):
+        cells = {name: number(row[name]) if name in numbers else escape(printable(str(row[name] or ""))) for name in heads}
+        name = escape(printable(str(row["name"] or "")[len(shared) + bool(shared):])) or "no name"
+        cells["name"] = f'<a href="#latent-{n}">{name}</a>'
+        rows.append("".join(f"<td{' class=n' * (name in numbers)}>{cell}</td>" for name, cell in cells.items()))
+    heads = "".join(f"<th{' class=n' * (name in numbers)}><button>{head}</button></th>" for name, head in heads.items())
+    title = f"Labels of {len(rows)} feature{'s' * (len(rows) != 1)}" + f" of {escape(printable(shared))}" * bool(shared)
     page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>
 <meta name=viewport content="width=device-width, initial-scale=1"><link rel=icon href="data:,">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
