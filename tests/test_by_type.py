@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.by_type import choose_view, explained, split_texts, text_tokens, type_table, word_table
+from tokenlabel.detect import word_gains
 from tokenlabel.feature import Feature
 from tokenlabel.label import begin, label_feature
 from tokenlabel.many import label_folder, read_folder
@@ -129,3 +130,15 @@ def test_a_folder_of_results_is_continued_and_other_settings_are_refused(tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="something other than results"): label_folder(features, tmp_path / "mine", lm, **options)
+
+
+def test_the_texts_decide_the_ranking_by_type():
+    result, lm = run(heldout=0.0), make_tiny_lm("llama")
+    texts = word_table(CATS).assign(**{label: gain for label, gain in zip(result.ranking.label, word_gains(lm, list(result.ranking.label), word_table(CATS).word))})
+    most, active = texts.groupby("text")[list(result.ranking.label)].max(), texts.groupby("text").activation.max() > 0
+    for row in result.ranking.itertuples():
+        biased = [np.logaddexp(0, -most[row.label][active] - bias).mean() / 2 + np.logaddexp(0, most[row.label][~active] + bias).mean() / 2
+                  for bias in np.linspace(-30, 30, 6001)]
+        assert row.accuracy_loss == pytest.approx(min(biased), abs=1e-3)
+        assert row.loss == pytest.approx(row.accuracy_loss + 0.01 * row.kl, abs=1e-5)
+    assert result.ranking.loss.is_monotonic_increasing

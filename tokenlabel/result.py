@@ -37,9 +37,9 @@ class LabelResult:
     ranking: the shortlist on all data, best first. The label is row 0, unless the feature fires on one token
         token_id: the token; a tuple if a label has several
         label, token: the exact text; the same for display, as in `·cat`
-        loss: accuracy_weight * accuracy_loss + kl_weight * kl + stop_weight * stop
+        loss: accuracy_weight * accuracy_loss + kl_weight * kl + stop_weight * stop; without stop in a search by word type
         accuracy_loss: how badly the label predicts where the feature fires in training, with a fitted bias;
-            in a search by word type, the mean of the loss on types and the loss on texts
+            in a search by word type, where it fires in texts
         kl: negative log-probability of the label under the prior of the language model
         stop: negative log-probability that the label ends after its last token
         accuracy_loss_heldout: as accuracy_loss, on held-out examples; NaN if nothing is held out
