@@ -178,6 +178,21 @@ def test_deciles_go_from_strong_to_weak_and_silent_windows_are_silent(tiny_lm):
     assert not texts & firing
 
 
+@pytest.mark.filterwarnings("ignore:feature")
+def test_hard_negatives_share_more_tokens_with_the_top_windows(tiny_lm):
+    lm = tiny_lm("llama")
+    directions = torch.randn(64, len(lm.embedding[0]), generator=torch.Generator().manual_seed(0))
+    sae = SAE("topk", "layers.0", dict(W_enc=directions.T, W_dec=directions, b_enc=torch.zeros(64), b_dec=torch.zeros(len(directions[0]))), k=1)
+    found = latents(lm, sae, [text.replace("the", word) for word in ("the", "a", "one") for text in TEXTS * 4], context=12, progress=False)
+    number = int((found.fires.sum(0) - len(found.fires) / 4).abs().argmin())  # fires in a quarter of the rows
+    plain, hard = (found.windows(number, hard)["silent"] for hard in (False, True))
+    top = {token for window in found.windows(number)["top"] for token in window.tokens}
+    shared = lambda windows: sum(len(top & set(window.tokens)) for window in windows)
+    assert len(plain) == len(hard) == 50 and shared(hard) > shared(plain)
+    assert not any(any(window.values) for window in hard)
+    assert found.feature(number) == found[number] != found.feature(number, hard_negatives=True)
+
+
 def test_a_latent_becomes_a_feature_that_knows_its_source(tiny_lm):
     lm = tiny_lm("gpt2")
     found = latents(lm, 1, TEXTS, progress=False)

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from tokenlabel.feature import Feature
 from tokenlabel.read import join_tokens, read_feature, read_features
+from tokenlabel.windows import cut_windows
 
 WINDOWS = [{"tokens": ["<|endoftext|>", " an", " apple", " a", " day"], "values": [90, 0, 31.5, 0, 0.4], "maxValue": 31.5},
            {"tokens": ["<|endoftext|>", " ripe", " figs", "."], "values": [0, 0, 37.2, 0]}]
@@ -333,6 +334,26 @@ def test_the_cache_of_delphi_is_read_with_the_tokenizer(cached):
     assert [max(span.activation for span in spans) for spans in first.spans[:2]] == [1.0, 0.5]
     where = len(tokenizer.decode(arrays["tokens"][1, 1:arrays["locations"][3, 1]].tolist()).lstrip())
     assert any(start <= where < end and value == 1 for start, end, value in first.spans[0])
+
+
+def test_half_of_the_silent_windows_are_alike_on_request():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(100, 1000, (400, 64))
+    tokens[:10, 20:30] = draw.integers(0, 20, (10, 10))    # rows in which the latent fires
+    tokens[10:60, 40:50] = draw.integers(0, 20, (50, 10))  # other rows with the same words
+    place = np.arange(10), np.full(10, 25), np.ones(10)
+    plain, hard = (list(cut_windows(tokens, *place, hard_negatives=on)) for on in (False, True))
+    silent = lambda windows: [ids.tobytes() for ids, values in windows if not values.any()]
+    alike = lambda windows: sum((ids < 20).sum() == 10 for ids, values in windows if not values.any())
+    assert len(silent(plain)) == len(silent(hard)) == len(set(silent(hard))) == 50 and len(plain) == len(hard) == 60
+    assert alike(plain) < 10 and alike(hard) >= 25
+
+
+def test_a_file_without_other_texts_has_no_hard_negatives(tmp_path, cached):
+    message = "hard negatives come from a cache of delphi, a folder with latents/*/*.safetensors, and need tokenizer="
+    assert message in refused(write(tmp_path, RECORD), tokenizer=cached[1], hard_negatives=True)
+    assert message in refused(cached[0], hard_negatives=True)
+    assert len(features(cached[0], ["2 of 4 features"], tokenizer=cached[1], hard_negatives=True)) == 2
 
 
 def test_what_is_wrong_in_a_cache_of_delphi_is_said(cached):

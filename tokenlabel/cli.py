@@ -39,7 +39,7 @@ def _label(options) -> int:
         from tokenlabel.checkpoint import from_pretrained
         from transformers import AutoTokenizer
         tokenizer = from_pretrained(AutoTokenizer, options.tokenizer)
-    features = read_features(options.feature, tokenizer)
+    features = read_features(options.feature, tokenizer, options.hard_negatives)
     first = list(islice(features, 2))
     if len(first) == 1: check_saved(out, "result")  # before the search, not after
     if options.lm and not model_path(options.lm): check_hub(options.lm)
@@ -198,6 +198,7 @@ def _parser(settings: bool) -> argparse.ArgumentParser:  # settings: with the op
     option("--out", type=Path, metavar="FOLDER", help="where to save the result (default: runs/FEATURE); of several features, a "
            "folder for each, tables and a page. The same call continues what was stopped")
     option("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of the model that has the latents, for a cache of delphi")
+    option("--hard-negatives", action="store_true", help="let half of the silent windows of a cache of delphi be alike to active ones")
     option("--json", action="store_true", help="print one line of JSON for each label and nothing else, for a pipe")
     if settings:
         from tokenlabel.settings import FIELDS, Settings

@@ -237,7 +237,7 @@ def _explanation(path: Path) -> str:
         return str(parse_json(text)[0]) if text.startswith('"') else text
 
 # %% ../nbs/25_read.ipynb #fbdcee0d
-def _cached(folder: Path, stem: str, cache: Cache, part: np.ndarray, tokenizer) -> Feature:  # part: its activations in the cache
+def _cached(folder: Path, stem: str, cache: Cache, part: np.ndarray, tokenizer, hard_negatives: bool) -> Feature:  # part: its activations
     "One latent from the cache."
     with located(stem):
         if not len(part): raise ValueError("the latent is dead, it has no activation")
@@ -245,25 +245,25 @@ def _cached(folder: Path, stem: str, cache: Cache, part: np.ndarray, tokenizer) 
         if not np.isfinite(activation).all(): raise ValueError("an activation is not a finite number")
         kept = ~np.isin(cache.tokens[row, position], tokenizer.all_special_ids)  # a spike on a start token says nothing
         windows = [check_window(tokenizer.convert_ids_to_tokens(ids.tolist()), values.tolist())
-                   for ids, values in cut_windows(cache.tokens, row[kept], position[kept], activation[kept])]
+                   for ids, values in cut_windows(cache.tokens, row[kept], position[kept], activation[kept], hard_negatives)]
         return feature_of(windows, **_about(folder, stem))
 
-def _cache(folder: Path, file: Path, tokenizer) -> Iterator[Maker]:
+def _cache(folder: Path, file: Path, *how) -> Iterator[Maker]:  # how: tokenizer, hard_negatives
     with located(f"{file.parent.name}/{file_name(file)}"):
         cache = read_cache(file)
-        if (most := cache.tokens.max(initial=0)) >= len(tokenizer):
-            raise ValueError(f"token {most} is not in the vocabulary of {len(tokenizer)} tokens; give the tokenizer of the model")
+        if (most := cache.tokens.max(initial=0)) >= len(how[0]):
+            raise ValueError(f"token {most} is not in the vocabulary of {len(how[0])} tokens; give the tokenizer of the model")
     order = np.argsort(cache.locations[:, 2], kind="stable")
     bounds = np.searchsorted(cache.locations[order, 2], np.arange(1, cache.count))
     for n, part in enumerate(np.split(order, bounds), cache.start):
-        yield partial(_cached, folder, f"{file.parent.name}_latent{n}", cache, part, tokenizer)
+        yield partial(_cached, folder, f"{file.parent.name}_latent{n}", cache, part, *how)
 
-def delphi(folder: Path, tokenizer=None) -> Iterator[Maker]:
+def delphi(folder: Path, tokenizer=None, hard_negatives: bool = False) -> Iterator[Maker]:
     "The latents of a run: from the cache with a tokenizer, otherwise from the windows that were scored."
     caches = sorted(folder.glob("latents/*/*.safetensors"), key=natural)
     stems = sorted({file.stem for file in folder.glob("scores/*/*.txt")}, key=natural)
     if tokenizer is not None and caches:
-        for file in caches: yield from _cache(folder, file, tokenizer)
+        for file in caches: yield from _cache(folder, file, tokenizer, hard_negatives)
     elif stems:
         for stem in stems: yield partial(_scored, folder, stem, sorted(folder.glob(f"scores/*/{glob.escape(stem)}.txt")))
     else:
@@ -300,9 +300,9 @@ def _file(path: Path) -> Iterator[Maker]:
         raise ValueError(f"{records[0][0]}: an object with {', '.join(sorted(near.keys & keys))} needs {', '.join(sorted(lacking))}, too")
     return iter([partial(Feature.from_records, file_stem(path), records)])
 
-def _folder(folder: Path, tokenizer) -> Iterator[Maker]:
+def _folder(folder: Path, *how) -> Iterator[Maker]:  # how: tokenizer, hard_negatives
     if (folder / "activations").is_dir(): return neuronpedia_export(folder)
-    if (folder / "latents").is_dir() or (folder / "scores").is_dir(): return delphi(folder, tokenizer)
+    if (folder / "latents").is_dir() or (folder / "scores").is_dir(): return delphi(folder, *how)
     files = [path for path in folder.iterdir() if regex.match(r"[^.].*\.(jsonl?|csv|tsv)(\.(gz|bz2|xz))?$", path.name) and path.is_file()]
     read = [path for path in files if path.name.startswith("batch-")] or files
     if not read: raise ValueError("the folder has no activations/, latents/ or scores/, and no file with JSON or a table")
@@ -322,6 +322,7 @@ def _files(paths: list[Path]) -> Iterator[Maker]:
 def read_features(
     path: str | Path,  # a file or a folder
     tokenizer=None,    # of transformers, for the cache of delphi
+    hard_negatives: bool = False,  # half of the silent windows of the cache are alike to active ones
 ) -> Iterator[Feature]:
     """The features of a file or folder, one after the other: words or texts as `Feature.from_jsonl` reads them, Neuronpedia,
     delphi, SAEDashboard, OpenAI or circuit-tracer.
@@ -331,9 +332,10 @@ def read_features(
     path, count, errors = Path(path), 0, []
     if not (tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens")):
         raise TypeError(f"tokenizer is {excerpt(tokenizer)}; give a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
-
     with located(file_name(path)):
-        for count, make in enumerate(_folder(path, tokenizer) if path.is_dir() else _file(path), 1):
+        if hard_negatives and (tokenizer is None or not any(path.glob("latents/*/*.safetensors"))):
+            raise ValueError("hard negatives come from a cache of delphi, a folder with latents/*/*.safetensors, and need tokenizer=")
+        for count, make in enumerate(_folder(path, tokenizer, hard_negatives) if path.is_dir() else _file(path), 1):
             try: feature = make()
             except ValueError as error: errors.append(str(error))
             else: yield feature

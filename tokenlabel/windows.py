@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPELLED', 'BYTE_TOKEN', 'CONTROL_TOKEN', 'SEAM', 'ROWS', 'WIDTH', 'is_byte_level', 'token_bytes', 'join_tokens',
-           'check_spaces', 'evenly', 'cut_windows', 'Cache', 'read_cache', 'natural']
+           'check_spaces', 'evenly', 'most_alike', 'cut_windows', 'Cache', 'read_cache', 'natural']
 
 # %% ../nbs/39_windows.ipynb #2bd8ca47
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,26 +73,47 @@ def check_spaces(documents: Iterable[tuple[str, list[tuple[int, int]]]]) -> None
 # %% ../nbs/39_windows.ipynb #7ac0bce9
 ROWS, WIDTH = 50, 32  # windows of each kind, and tokens of a window
 
-def evenly(values: np.ndarray) -> np.ndarray:
-    "At most `ROWS` values, in even steps from the first to the last."
-    return values[np.linspace(0, len(values) - 1, min(len(values), ROWS)).round().astype(int)] if len(values) else values
+def evenly(values: np.ndarray, count: int = ROWS) -> np.ndarray:
+    "At most `count` values, in even steps from the first to the last."
+    return values[np.linspace(0, len(values) - 1, min(len(values), count)).round().astype(int)] if len(values) else values
 
+def most_alike(
+    tokens: np.ndarray,             # (rows, context), numbers; -1 where no token is
+    windows: Sequence[np.ndarray],  # numbers in each active window
+    count: int,                     # of rows
+) -> tuple[np.ndarray, np.ndarray]:  # rows, the most alike first, and the first position of a window in each
+    "The rows with the windows that are most alike to active ones."
+    width, size = min(WIDTH, tokens.shape[1]), max(map(np.max, [tokens, *windows])) + 1
+    share = np.bincount(tokens[tokens >= 0], minlength=size) / tokens.size
+    inside = np.bincount(np.concatenate([np.unique(ids[ids >= 0]) for ids in windows]), minlength=size)
+    ratio = (inside + 10 * share) / (inside.sum() + 10) / np.maximum(share, 1 / tokens.size)
+    value = np.where(tokens >= 0, np.log(np.maximum(ratio, 1))[tokens], 0).cumsum(1)
+    value = value[:, width - 1:] - np.pad(value, ((0, 0), (1, 0)))[:, :value.shape[1] - width + 1]
+    rows = np.argsort(-value.max(1), kind="stable")[:count]
+    return rows, value.argmax(1)[rows]
+
+# %% ../nbs/39_windows.ipynb #7ac0bceb
 def cut_windows(
-    tokens: np.ndarray,       # (rows, context), numbers
-    row: np.ndarray,          # (n), of each activation
-    position: np.ndarray,     # (n)
-    activation: np.ndarray,   # (n)
+    tokens: np.ndarray,            # (rows, context), numbers
+    row: np.ndarray,               # (n), of each activation
+    position: np.ndarray,          # (n)
+    activation: np.ndarray,        # (n)
+    hard_negatives: bool = False,  # half of the silent windows are the most alike of 5,000 rows
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # numbers and activations of a window
     "Windows around the strongest places of rows, from strong to weak, and windows in which nothing fires."
     order = np.argsort(-activation, kind="stable")
     active, first = np.unique(row[order], return_index=True)
-    strongest = evenly(np.sort(first))  # places in `order`, one in each row
-    silent = np.setdiff1d(np.arange(len(tokens)), active)
-    places = [(row[order[k]], position[order[k]]) for k in strongest] + [(r, tokens.shape[1] // 2) for r in evenly(silent)]
-    for r, at in places:
+    begin = lambda at: max(min(at - WIDTH // 2, tokens.shape[1] - WIDTH), 0)
+    places = [(row[k], begin(position[k])) for k in order[evenly(np.sort(first))]]  # one in each row
+    silent, hard = np.setdiff1d(np.arange(len(tokens)), active), []
+    if hard_negatives and len(silent):
+        some = evenly(silent, 5000)
+        rows, starts = most_alike(tokens[some], [tokens[r, start:start + WIDTH] for r, start in places], ROWS // 2)
+        hard, silent = [*zip(some[rows], starts)], np.setdiff1d(silent, some[rows])
+    places += [(r, begin(tokens.shape[1] // 2)) for r in evenly(silent, ROWS - len(hard))] + hard
+    for r, start in places:
         values = np.zeros(tokens.shape[1])
         values[position[row == r]] = activation[row == r]
-        start = max(min(at - WIDTH // 2, tokens.shape[1] - WIDTH), 0)
         yield tokens[r, start:start + WIDTH], values[start:start + WIDTH]
 
 # %% ../nbs/39_windows.ipynb #417a3ffc
