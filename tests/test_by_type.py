@@ -13,7 +13,7 @@ from tokenlabel.by_type import choose_view, explained, split_texts, text_tokens,
 from tokenlabel.detect import word_gains
 from tokenlabel.feature import Feature
 from tokenlabel.label import begin, label_feature
-from tokenlabel.many import label_folder, read_folder
+from tokenlabel.many import label_folder, read_folder, result_row
 from tokenlabel.result import LabelResult
 from tokenlabel.settings import Settings
 
@@ -54,7 +54,7 @@ def test_types_explain_everything_or_nothing():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 30), st.integers(2, 30), st.floats(0.05, 0.95), st.integers(0, 5))
 def test_a_split_of_texts_leaves_both_classes_on_both_sides(active, silent, share, seed):
-    out = split_texts(np.array([0.1] * active + [0.0] * silent), share, seed)
+    out = split_texts(np.array([True] * active + [False] * silent), share, seed)
     for part, size in ((out[:active], active), (out[active:], silent)): assert 1 <= part.sum() <= size - 1
 
 
@@ -106,6 +106,26 @@ def test_the_word_that_a_feature_fires_on_is_the_label():
     cat = Feature.from_texts("cat", TEXTS, [[span for span in spans if TEXTS[i][span[0]:span[1]] == "cat"] for i, spans in enumerate(SPANS)])
     result = run(cat)
     assert (result.label, result.verdict) == (" cat", "a token")
+    own = result.ranking[result.ranking.label == " cat"].iloc[0]  # its numbers stand beside it
+    row = result_row("cat", result)
+    assert [row[name] for name in ("label", "loss", "kl", "auroc_train")] == [" cat", own.loss, own.kl, own.auroc_train]
+    assert f"accuracy loss {own.accuracy_loss:.3f}, as a soft" in result.headline()
+
+
+def test_a_word_of_several_tokens_has_no_numbers_of_another_label():
+    texts = [text.replace("cat", "catdog") for text in TEXTS]
+    spans = [[(text.index("catdog"), text.index("catdog") + 6, 1.0)] if "catdog" in text else [] for text in texts]
+    result = run(Feature.from_texts("catdog", texts, spans))
+    assert (result.label, result.verdict) == (" catdog", "a token") and " catdog" not in set(result.ranking.label)
+    row = result_row("catdog", result)
+    assert row["loss"] is row["kl"] is None and np.isnan(result.soft["loss_gap"]) and "accuracy loss as a soft label" in result.headline()
+
+
+def test_the_weight_of_the_active_class_counts_by_type_too():
+    few = replace(CATS, spans=[spans if i < 2 else [] for i, spans in enumerate(SPANS)])
+    half, none = (run(few, positive_weight=weight, heldout=0.0).ranking.set_index("label").accuracy_loss for weight in (0.5, None))
+    both = half.index.intersection(none.index)
+    assert len(both) and not np.allclose(half[both], none[both])
 
 
 def test_a_search_by_type_reads_all_types_in_each_step():
@@ -142,3 +162,10 @@ def test_the_texts_decide_the_ranking_by_type():
         assert row.accuracy_loss == pytest.approx(min(biased), abs=1e-3)
         assert row.loss == pytest.approx(row.accuracy_loss + 0.01 * row.kl, abs=1e-5)
     assert result.ranking.loss.is_monotonic_increasing
+
+
+def test_in_context_both_sides_have_a_text_that_counts_as_active():
+    feature = Feature.from_texts("f", [f"the {word} ran" for word in "cat dog cow pig car mat".split()], [[(4, 7, a)] for a in (1, 1, 0.1, 0.1, 0.1, 0.1)])
+    for seed in range(5):
+        tokens = text_tokens(feature, make_tiny_lm("llama"), by_type=False, heldout=0.5, seed=seed)
+        assert [float(tokens.activation[tokens.heldout == side].max()) for side in (False, True)] == [1, 1]

@@ -12,7 +12,9 @@ from tokenlabel.cudagraph import stepping
 from tokenlabel.evaluator import check_evaluator
 from tokenlabel.exhaustive import oracle
 from tokenlabel.exploration import Exploration
+from tokenlabel.generation import generation_score, steer
 from tokenlabel.label import label_feature
+from tokenlabel.live import SAE, latents
 from tokenlabel.lm import load_lm
 from tokenlabel.many import label_features
 from tokenlabel.negatives import reach
@@ -144,3 +146,14 @@ def test_the_exploration(pair):
     exploration = Exploration(feature_of("words"), pair[1])
     for _ in range(6): rows = exploration.step()
     assert len(rows) and exploration.scores
+
+
+def test_latents_and_their_texts(pair):
+    width = pair[0].embedding.shape[1]
+    directions = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
+    sae = SAE("topk", "layers.0", dict(W_enc=directions.T, W_dec=directions, b_enc=torch.zeros(16), b_dec=torch.zeros(width)), k=2)
+    cpu, gpu = (latents(lm, sae, feature_of("texts").texts, progress=False) for lm in pair)
+    number = int(cpu.rows.argmax())
+    assert (cpu.rows - gpu.rows).abs().max() <= 1
+    assert generation_score(gpu, number, " cat", [" dog"], count=3).fires.between(0, 1).all()
+    torch.testing.assert_close(steer(cpu, number), steer(gpu, number), atol=0.01, rtol=0.01)

@@ -120,3 +120,21 @@ def test_a_word_without_tokens_gains_nothing(monkeypatch):
 def test_texts_of_one_word_have_no_fuzzing_score():
     scores = score_gains(made(words=("cat",)))
     assert set(scores.score) == {"detection", "simulation"}
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_an_explanation_that_the_model_cannot_read_says_so(context):
+    lm = make_tiny_lm("gpt2")
+    feature = Feature.from_texts("f", ["the cat ran", "a dog sat"] * 3, [[(4, 7, 1)], []] * 3)
+    with pytest.raises(ValueError, match=r"the label has \d+ tokens, and .* takes \d+ here; give a shorter one"):
+        score_explanation(feature, "cats and dogs " * 200, lm, heldout=0.5, context=context)
+    if context:
+        long = Feature.from_texts("f", ["the cat ran " * 100, "a dog sat"] * 3, [[(4, 7, 1)], []] * 3)
+        with pytest.raises(ValueError, match=r"text 0 has \d+ tokens and .* takes \d+ here; split it"):
+            score_explanation(long, "cats", lm, heldout=0.5, context=True)
+
+
+def test_a_share_of_nothing_or_of_everything_cannot_be_held_out():
+    feature = Feature.from_texts("f", ["the cat ran", "a dog sat"] * 3, [[(4, 7, 1)], []] * 3)
+    for share in (0, 1, -1):
+        with pytest.raises(ValueError, match="is not between 0 and 1"): score_explanation(feature, "cats", make_tiny_lm("llama"), heldout=share)

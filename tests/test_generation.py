@@ -51,3 +51,18 @@ def test_a_neuron_is_steered_along_its_own_weights(family, tiny_lm):
     found = latents(lm, 0, TEXTS, progress=False)
     number = int(found.top.key.amax(1).argmax())
     assert steer(found, number).shape == lm.logits(torch.zeros(lm.head.weight.shape[1])).shape and steer(found, number).abs().max() > 1e-4
+
+
+def test_a_transcoder_writes_at_the_output_of_its_module(tiny_lm):
+    lm, draw = tiny_lm("llama"), torch.Generator().manual_seed(0)
+    weights = dict(W_enc=torch.randn(32, 4, generator=draw), b_enc=torch.zeros(4), W_dec=torch.randn(4, 32, generator=draw), b_dec=torch.zeros(32))
+    reads, same = (SAE("topk", "layers.0.mlp", weights, k=1, side=side, subtract=False) for side in ("input", "output"))
+    found, other = (latents(lm, sae, TEXTS, progress=False) for sae in (reads, same))
+    other.top = found.top  # the same strength
+    torch.testing.assert_close(steer(found, 0), steer(other, 0))
+
+
+def test_control_tokens_without_a_row_in_the_model_are_no_obstacle(tiny_lm, monkeypatch):
+    lm = tiny_lm("llama")
+    monkeypatch.setitem(lm.__dict__, "control", frozenset(lm.control | {len(lm.embedding) + 5}))
+    assert len(write_texts(lm, " cat", count=3, length=2)) == 3

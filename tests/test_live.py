@@ -307,3 +307,8 @@ def test_the_packaged_autoencoder_explains_texts_it_was_not_trained_on(lm):
     order = torch.rand(sae.weights["W_dec"].shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     shuffled = sae.weights | dict(W_dec=sae.weights["W_dec"].gather(1, order), W_enc=sae.weights["W_enc"].T.gather(1, order).T)
     assert explained(sae) > 0.5 > 0.2 > explained(SAE("topk", sae.hook, shuffled, k=sae.k))
+
+
+def test_numbers_of_numpy_are_numbers(tiny_lm):
+    import numpy as np
+    assert latents(tiny_lm("llama"), 0, TEXTS, only=np.arange(2), progress=False).numbers == [0, 1]

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from tokenlabel.cache import cache_entry
 from tokenlabel.feature import Feature
 from tokenlabel.label import label_feature
-from tokenlabel.many import (Job, choose_layout, label_all, label_features, label_file, label_jobs, load_again,
-                             read_results, read_rows, write_row)
+from tokenlabel.many import (Job, choose_layout, label_all, label_features, label_file, label_folder, label_jobs, load_again,
+                             read_folder, read_results, read_rows, write_row)
 from tokenlabel.prompts import Question
 from tokenlabel.settings import Settings
 from tokenlabel.workers import available_cpus
@@ -499,3 +499,21 @@ def test_without_ray_the_error_says_how_to_get_it(stored, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'tokenlabel\[ray\]'"):
         label_features(some_features(1), stored, engine="ray")
+
+
+def test_arguments_of_other_kinds_are_refused_before_anything_is_written(tiny_lm, tmp_path):
+    lm, feature = tiny_lm("llama"), some_features(1)[0]
+    for call, message in [(lambda: label_features([feature], feature), "the language model is a Feature; make one with load_lm"),
+                          (lambda: label_features(feature, lm), "features has to be a list, got Feature"),
+                          (lambda: list(label_features(["a"], lm)), "the feature is a str; make one with"),
+                          (lambda: label_folder(feature, tmp_path / "out", lm), "features has to be a list"),
+                          (lambda: label_file(write(tmp_path / "f.jsonl", [feature]), tmp_path / "out", feature), "the language model is")]:
+        with pytest.raises(TypeError, match=message): call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_feature_with_the_name_of_an_output_has_a_folder_of_its_own(tiny_lm, tmp_path):
+    names = ["settings.json", "explanations", "page.html"]
+    label_folder([replace(some_features(1)[0], name=name) for name in names], tmp_path / "out", tiny_lm("llama"), HOW, progress=False)
+    assert {result.feature.name for result in read_folder(tmp_path / "out")} == {*names}
+    assert not {*names} & {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}

@@ -387,3 +387,9 @@ def test_a_folder_without_features_is_refused(tmp_path):
     assert "has no activations/, latents/ or scores/, and no file with JSON" in refused(tmp_path)
     (tmp_path / "scores").mkdir()
     assert "neither latents/*/*.safetensors nor scores/*/*.txt is there" in refused(tmp_path)
+
+
+def test_a_latent_that_fires_on_start_tokens_only_has_silent_windows_alone():
+    none = np.zeros(0, int)
+    for hard in (False, True):
+        assert not any(values.any() for _, values in cut_windows(np.arange(200).reshape(4, 50), none, none, none.astype(float), hard))

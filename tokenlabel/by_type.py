@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .feature import Feature
+from .feature import ACTIVE, Feature
 from .lm import LM
 from .settings import Settings
 from .tokenize import TokenizedFeature, tokenize
@@ -49,13 +49,14 @@ def type_table(words: pd.DataFrame) -> pd.DataFrame:  # index: type; columns: wo
 
 # %% ../nbs/16_by_type.ipynb #48cd46d2
 def split_texts(
-    activation: np.ndarray,  # [texts], the largest in each text
+    active: np.ndarray,  # bool [texts]
     share: float = 0.3,  # of the active and of the silent texts
     seed: int = 0,
 ) -> np.ndarray:  # bool [texts], held out
     "Texts to hold out, drawn from each class. Raises ValueError if a class has fewer than two texts."
-    rng, heldout = np.random.default_rng(seed), np.zeros(len(activation), bool)
-    for name, rows in ("active", np.flatnonzero(activation > 0)), ("silent", np.flatnonzero(activation <= 0)):
+    if not 0 < share < 1: raise ValueError(f"heldout={share} is not between 0 and 1")
+    rng, heldout = np.random.default_rng(seed), np.zeros(len(active), bool)
+    for name, rows in ("active", np.flatnonzero(active)), ("silent", np.flatnonzero(~active)):
         if len(rows) < 2: raise ValueError(f"a score needs at least 2 {name} texts, and there are {len(rows)}")
         heldout[rng.permutation(rows)[:min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
     return heldout
@@ -89,7 +90,8 @@ def text_tokens(feature: Feature, lm: LM, by_type: bool, heldout: float = 0.3, s
     "The examples of running texts. Raises ValueError if a class has fewer than two texts."
     words = word_table(feature)
     activation = words.groupby("text").activation.max()
-    out = pd.Series(split_texts(activation.to_numpy(), heldout, seed) if heldout else False, activation.index)
+    active = activation > 0 if by_type else activation >= ACTIVE
+    out = pd.Series(split_texts(active.to_numpy(), heldout, seed) if heldout else False, activation.index)
     words = words.assign(heldout=words.text.map(out))
     if by_type: tokens = type_tokens(feature.name, type_table(words[~words.heldout]), lm)
     else:

@@ -40,8 +40,8 @@ def content_hash(key: dict) -> str:
 @lru_cache
 def code_version(package: Path = Path(tokenlabel.__file__).parent) -> str:
     "SHA-256 over the modules that compute results, and over the versions of the libraries below them."
-    other = {"__init__", "_modidx", "cache", "checkpoint", "cli", "evaluator", "exploration", "files", "generation",
-             "latent_page", "live", "many", "negatives", "notebooks", "page", "paper", "phase", "plot", "read", "records",
+    other = {"__init__", "_modidx", "cache", "checkpoint", "cli", "exploration", "files", "generation",
+             "latent_page", "live", "many", "negatives", "notebooks", "page", "phase", "plot", "read", "records",
              "replay", "store", "summary", "synthetic", "widgets", "windows", "workers", "workshop", "write"}
     modules = [path for path in sorted(package.glob("*.py")) if path.stem not in other]
     return content_hash({path.stem: ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in modules}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prompt', 'read_prompt', 'PromptTensors', 'stack_prompts', 'attention_mask', 'Rows', 'forward_rows', 'ChannelBatch',
            'make_batch', 'Part', 'read_parts', 'start_log_probs', 'marginal_log_probs', 'MarginalCache', 'Channel',
-           'channel', 'ChannelLayout']
+           'check_lengths', 'channel', 'ChannelLayout']
 
 # %% ../nbs/10_channel.ipynb #e8abb1ea
 import math
@@ -281,6 +281,15 @@ class Channel:
     def prompts(self) -> tuple[str, ...]: return tuple(prompt.text for prompt in self.read_prompts)
 
 
+def check_lengths(known: MarginalCache, documents: Sequence[Sequence[int]], label_tokens: int, kind: str = "text") -> None:
+    "Raises ValueError if the model cannot read a label of so many tokens and a document after a prompt."
+    left = (known.lm.context_length or math.inf) - max(len(p.before) + len(p.after) for p in known.prompts)
+    if left <= label_tokens: raise ValueError(f"the label has {label_tokens} tokens, and {known.lm.name} takes {left - 1} here; give a shorter one")
+    for i, ids in enumerate(documents):
+        if len(ids) > left - label_tokens: raise ValueError(
+            f"{kind} {i} has {len(ids)} tokens and {known.lm.name} takes {left - label_tokens} here; split it")
+
+
 def channel(
     lm: LM,
     tokens: TokenizedFeature,
@@ -292,11 +301,7 @@ def channel(
     check_prompts(prompts, "channel")
     texts, caches = tuple(prompts or PROMPTS[tokens.feature.mode]), {} if caches is None else caches
     known = caches[texts] = caches.get(texts) or MarginalCache(lm, texts)
-    used = max(len(p.before) + label_tokens + len(p.after) for p in known.prompts)
-    left = (lm.context_length or math.inf) - used
-    for i, ids in enumerate(tokens.documents):
-        if len(ids) > left:
-            raise ValueError(f"{tokens.feature.mode[:-1]} {i} has {len(ids)} tokens and {lm.name} takes {left} here; split it")
+    check_lengths(known, tokens.documents, label_tokens, tokens.feature.mode[:-1])
     label_prior = torch.stack([p.label_prior for p in known.prompts]).mean(0)
     return Channel(lm, tokens, known.prompts, known(tokens.documents), label_prior)
 

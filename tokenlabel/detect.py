@@ -15,7 +15,7 @@ import scipy
 import torch
 
 from .by_type import explained, split_texts, word_table
-from .channel import Channel, ChannelBatch, MarginalCache
+from .channel import Channel, ChannelBatch, MarginalCache, check_lengths
 from .feature import Feature
 from .forward import pack
 from .lm import LM
@@ -39,6 +39,7 @@ def word_gains(
     channel = Channel(lm, None, read.prompts, read([(id,) for id in place]), read.prompts[0].label_prior)
     batch = ChannelBatch(pack([(id,) for id in place]), every, every, every)
     encoded, gains = [lm.encode(label) for label in labels], np.zeros((len(labels), len(place) + 1))  # the last: no tokens
+    check_lengths(read, [[0]], max(map(len, encoded)))
     for length in sorted(set(map(len, encoded))):
         rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
         ids = torch.tensor([encoded[row] for row in rows], device=lm.device)
@@ -58,6 +59,7 @@ def context_gains(
     "How much more likely each label makes each word, given the text before the word, mean over the prompts."
     read, gains, ids = MarginalCache(lm, prompts), np.zeros((len(labels), len(words))), [token_ranges(text, lm) for text in texts]
     labels = [torch.tensor([lm.encode(label)], device=lm.device) for label in labels]
+    check_lengths(read, [tokens for tokens, _ in ids], max(label.shape[1] for label in labels))
     starts, ends = words.start.to_numpy(), words.end.to_numpy()
     for first in range(0, len(texts), together):
         part = range(first, min(first + together, len(texts)))
@@ -156,7 +158,7 @@ def score_explanation(
     if feature.isolated: raise ValueError(f"feature {excerpt(feature.name)} is a list of words; an explanation is scored on texts")
     if not explanation.strip(): raise ValueError("the explanation is empty")
     words, label = word_table(feature), " " + explanation.strip()
-    out = split_texts(words.groupby("text").activation.max().to_numpy(), heldout, seed)
+    out = split_texts(words.groupby("text").activation.max().to_numpy() > 0, heldout, seed)
     gain = context_gains(lm, [label], feature.texts, words) if context else word_gains(lm, [label], words.word)
     return score_gains(words.assign(gain=gain[0], heldout=out[words.text.rank(method="dense").astype(int) - 1]), seed)
 

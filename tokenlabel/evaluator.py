@@ -17,6 +17,7 @@ import torch
 
 from .candidates import prefilter
 from .feature import Feature, active_documents
+from .label import check_arguments
 from .lm import LM
 from .rank import rank_labels
 from .score import score
@@ -121,6 +122,7 @@ def check_evaluator(
 
     Raises ValueError if none of the labels is a single token, and for bad settings.
     """
+    check_arguments(lm, feature)
     start, settings = time.perf_counter(), make_settings(settings, **changes | {"label_tokens": 1, "restarts": 1})
     right, left_out = right_labels(labels, lm)
     if settings.positive_weight is None:

@@ -28,7 +28,7 @@ from .channel import Channel, ChannelBatch, Prompt, pack
 from .feature import Feature
 from .files import check_seal, sealed_folder, write_file
 from .forward import Discriminator, Stage
-from .label import begin
+from .label import begin, check_arguments
 from .lm import LM
 from .objective import class_weights, cross_entropy, fit_bias
 from .prompts import plain_prompts, prompts_from
@@ -270,6 +270,7 @@ def oracle(
     **changes,  # fields of `Settings`
 ) -> Oracle:
     "The best of all labels of one token, with exact objectives. Raises ValueError for bad settings."
+    check_arguments(lm, feature)
     settings = make_settings(settings, **changes)
     if top is not None and top < 1: raise ValueError(f"top={top} is not positive")
     if isinstance(labels, Integral): labels = int(labels)

@@ -31,7 +31,7 @@ def write_texts(
     seed: int = 0,
 ) -> list[list[int]]:  # ids
     "What the model writes about a label at temperature 1, without the prompts."
-    draw, found, banned = torch.Generator().manual_seed(seed), [], list(lm.control)
+    draw, found, banned = torch.Generator().manual_seed(seed), [], [id for id in lm.control if id < len(lm.embedding)]
     for n, prompt in enumerate(WRITE):
         ids = torch.tensor([lm.encode_start(prompt.format(label))] * len(range(n, count, len(WRITE))))
         cache, texts = DynamicCache(config=lm.model.config), []
@@ -84,8 +84,7 @@ def steer(
     "How much likelier each token becomes as the next word, mean over plain prompts."
     lm, sae = found.lm, found.sae
     shift = strength * found.top.key[found._place(number)].max().clamp(min=0) * direction(found, number)
-    if sae.weights: site = find_site(lm, sae.hook, sae.side)
-    else: site = find_site(lm, sae.hook.replace("mlp.hook_post", "hook_resid_post"))
+    site = find_site(lm, sae.hook if sae.weights else sae.hook.replace("mlp.hook_post", "hook_resid_post"))
     changes = []
     for prompt in PLAIN:
         ids = torch.tensor([lm.encode_start(prompt)], device=lm.device)

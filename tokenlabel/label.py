@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_arguments', 'check_classes', 'begin', 'type_settings', 'run', 'best_row', 'end_of_descent', 'score_soft',
-           'rank_candidates', 'active_words', 'text_gains', 'rank_by_text', 'score_texts', 'score_words', 'conclude',
-           'label_feature', 'label_length']
+           'rank_candidates', 'the_word', 'active_words', 'text_gains', 'rank_by_text', 'score_texts', 'score_words',
+           'conclude', 'label_feature', 'label_length']
 
 # %% ../nbs/18_label.ipynb #bd485ef6
 import time
@@ -36,13 +36,14 @@ from .softlabel import embed_softlabel
 from .tokenize import TokenizedFeature, readable_words, tokenize
 
 # %% ../nbs/18_label.ipynb #5b9460d8
-def check_arguments(feature: Feature, lm: LM) -> None:
-    "Raise TypeError unless these are a feature and a language model, in this order."
-    if isinstance(feature, LM) and isinstance(lm, Feature):
+def check_arguments(lm: LM, *features: Feature) -> None:
+    "Raise TypeError unless these are a language model and features."
+    if isinstance(lm, Feature) and any(isinstance(feature, LM) for feature in features):
         raise TypeError("the arguments are swapped: give the feature first, then the language model")
-    if not isinstance(feature, Feature):
-        raise TypeError(f"the feature is a {type(feature).__name__}; make one with Feature.from_words, "
-                        "Feature.from_texts or Feature.from_jsonl")
+    for feature in features:
+        if not isinstance(feature, Feature):
+            raise TypeError(f"the feature is a {type(feature).__name__}; make one with Feature.from_words, "
+                            "Feature.from_texts or Feature.from_jsonl")
     if not isinstance(lm, LM):
         raise TypeError(f"the language model is a {type(lm).__name__}; make one with load_lm()")
 
@@ -64,7 +65,7 @@ def begin(
     caches: dict | None = None,  # of the channel, shared by many features
 ) -> Search:
     "A search for this feature's label, before its first step; raises ValueError for data that cannot work."
-    check_arguments(feature, lm)
+    check_arguments(lm, feature)
     view = choose_view(feature, settings)
     if view in ("types", "texts"):
         tokens = text_tokens(feature, lm, view == "types", settings.heldout, settings.seed)
@@ -146,14 +147,21 @@ def rank_candidates(search: Search, interrupted: bool) -> tuple[pd.DataFrame, Te
             except KeyboardInterrupt: interrupted = True
             search.add(grown)
         proposals = propose(judge, settings.proposals, settings.label_tokens) + active_words(judge, settings.label_tokens)
-        found = shortlist(search, settings, proposals)
+        found = shortlist(search, settings, list(dict.fromkeys(proposals))) + the_word(judge, settings.label_tokens)
         ranking, z = rank_labels(judge, list(dict.fromkeys(found + grown)), settings)
     except KeyboardInterrupt:
         interrupted, z, labels = True, None, found + grown or shortlist(search, settings, brief=True)
         ranking, _ = rank_labels(judge, list(dict.fromkeys(labels)), settings, search.draw(search.batch_size))
     ids = [id if isinstance(id, tuple) else (id,) for id in ranking.token_id]
-    ranking[["step", "restart"]] = [search.candidates[label] for label in ids]
+    ranking[["step", "restart"]] = [search.candidates.get(label, (-1, -1)) for label in ids]
     return ranking, z, interrupted
+
+
+def the_word(judge: Discriminator, label_tokens: int) -> list[Label]:  # none or one
+    "The one word on which a feature of running text fires, if there is one and if it has the length of a label."
+    word = one_token(judge.tokens.words) if isinstance(judge.tokens, TextTokens) else None
+    label = tuple(judge.lm.encode(" " + word)) if word else ()
+    return [label] if len(label) == label_tokens and judge.lm.admissible[list(label)].all() else []
 
 
 def active_words(judge: Discriminator, label_tokens: int) -> list[Label]:
@@ -178,14 +186,14 @@ def rank_by_text(ranking: pd.DataFrame, gains: np.ndarray, judge: Discriminator,
     texts = words.groupby("text").agg(activation=("activation", "max"), heldout=("heldout", "first"))
     active, out = torch.tensor(texts.activation.to_numpy() > 0).float(), torch.tensor(texts.heldout.to_numpy(), dtype=torch.bool)
     z = torch.tensor(np.maximum.reduceat(gains, np.flatnonzero(np.diff(words.text, prepend=-1)), axis=1))
-    on, off = class_weights(active, settings.positive_weight or 0.5, weight=~out)
+    on, off = class_weights(active, settings.positive_weight, weight=~out)
     z = z + fit_bias(z, on, off)[:, None]
     loss = cross_entropy(z, on, off).numpy()
     ranking = ranking.assign(loss=settings.accuracy_weight * loss + kl_weight(settings, judge) * ranking.kl, accuracy_loss=loss,
                              auroc_train=auroc(z[:, ~out], active[~out]))
     if out.any():
         ranking["auroc_heldout"] = auroc(z[:, out], active[out])
-        ranking["accuracy_loss_heldout"] = balanced_bce(z[:, out], active[out], settings.positive_weight or 0.5).numpy()
+        ranking["accuracy_loss_heldout"] = balanced_bce(z[:, out], active[out], settings.positive_weight).numpy()
     return ranking.sort_values("loss", kind="stable").reset_index(drop=True)
 
 # %% ../nbs/18_label.ipynb #cff3cca8
@@ -232,7 +240,7 @@ def conclude(
         ranking, z, interrupted = rank_candidates(search, interrupted)
     feature = tokens.texts if isinstance(tokens, TextTokens) else tokens.feature
     soft, label, heldout, texts = end_of_descent(search, rows), "", NO_TABLE, {}
-    gap = ranking.loss[0] - settings.stop_weight * ranking.stop[0]
+    discrete = (ranking.loss - settings.stop_weight * ranking.stop).set_axis(ranking.label)
     if z is not None:  # otherwise the user has interrupted the ranking, and gets what is known
         try:
             with progress_line("scoring the label", progress):
@@ -247,9 +255,10 @@ def conclude(
                     texts = dict(words=words, scores=scores, verdict=verdict, evidence=evidence)
                 else: heldout = score_words(tokens, z[0], z_soft, settings.seed)
         except KeyboardInterrupt: interrupted = True
-    soft["loss_gap"] = float(gap - soft["loss"])
+    label = label or ranking.label[0]
+    soft["loss_gap"] = float(discrete.get(label, np.nan) - soft["loss"])
     return LabelResult(
-        label=label or ranking.label[0], feature=feature, ranking=ranking, heldout=heldout, trace=pd.DataFrame(rows), soft=soft,
+        label=label, feature=feature, ranking=ranking, heldout=heldout, trace=pd.DataFrame(rows), soft=soft,
         settings=settings, lm=judge.lm.name, dtype=str(judge.lm.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), prompts=judge.prompts, interrupted=interrupted,
         seconds=time.perf_counter() - start if start else 0.0, **texts)

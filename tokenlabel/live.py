@@ -10,10 +10,10 @@ __all__ = ['PLACES', 'WEIGHTS', 'PACKAGED', 'TOP', 'DRAWN', 'SILENT', 'CONTEXT',
            'sample_texts']
 
 # %% ../nbs/28_live.ipynb #f5773bd8
-import hashlib, json, time
+import hashlib, json, operator, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -376,7 +376,7 @@ def open_sae(lm: LM, sae: SAE | str | Path | int) -> tuple[SAE, Site]:
     site = find_site(lm, sae.hook, sae.side)
     if sae.weights and (d := len(sae.weights["W_enc"])) != site.width:
         raise ValueError(f"{sae.name}: the autoencoder reads vectors of width {d}; at {sae.hook}, {lm.name} has width {site.width}")
-    return sae, site
+    return replace(sae, weights={name: tensor.to(lm.device) for name, tensor in sae.weights.items()}), site
 
 def start_tokens(lm: LM, sae: SAE) -> list[int]:
     "What stands before each row. Raises ValueError if the autoencoder needs a start token that the tokenizer does not have."
@@ -449,7 +449,7 @@ def load_state(file: Path, found: Latents, identity: str) -> tuple[int, str, int
 def identify(lm: LM, sae: SAE, numbers: list[int], context: int) -> str:
     "A hash of all that decides what is kept."
     digest = hashlib.sha256()
-    for name, tensor in sorted(sae.weights.items()): digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, tensor in sorted(sae.weights.items()): digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     rest = [getattr(sae, one.name) for one in fields(sae) if one.name not in ("weights", "name")]
     return canonical_hash([lm.fingerprint, digest.hexdigest(), rest, numbers, context, TOP, DRAWN, SILENT, WIDTH])
 
@@ -470,8 +470,9 @@ def latents(
     check_lists(texts=texts)
     sae, site = open_sae(lm, sae)
     count = width_of(sae, site)
-    numbers = list(range(count)) if only is None else sorted(set(only))
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < count for n in numbers):
+    try: numbers = list(range(count)) if only is None else sorted(set(map(operator.index, only)))
+    except TypeError: numbers = []
+    if not numbers or not 0 <= numbers[0] <= numbers[-1] < count:
         raise ValueError(f"only={excerpt(only)}: expected numbers from 0 to {count - 1}")
     if len(numbers) < count and sae.kind == "topk":
         raise ValueError(f"{sae.name}: the latents of a top-k autoencoder compete; one alone cannot be encoded, leave out only=")

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from .feature import Feature
 from .files import check_seal, sealed_folder, write_file
+from .lm import visible
 from .prompts import Question, plain_prompts, prompts_from
 from .settings import Settings
 
@@ -94,10 +95,11 @@ def headline(self: LabelResult) -> str:
     "The label and how it was found, in one line."
     found = [(self.trace[name].nunique(), name) for name in ("restart", "step")]
     counts = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in found)
+    loss = self.ranking.accuracy_loss[self.ranking.label == self.label]  # empty if the label is a longer word than those ranked
+    losses = "".join(f"{value:.3f}, " for value in loss)
     return (f"{self.feature.name}: {self.label!r}{' (interrupted)' if self.interrupted else ''}  "
             f"{counts}, {self.seconds:.0f} s; the descent alone ends at {self.soft['label']!r} "
-            f"(probability {self.soft['probability']:.2f}); "
-            f"accuracy loss {self.ranking.accuracy_loss[0]:.3f}, as a soft label {self.soft['accuracy_loss']:.3f}")
+            f"(probability {self.soft['probability']:.2f}); accuracy loss {losses}as a soft label {self.soft['accuracy_loss']:.3f}")
 
 # %% ../nbs/15_result.ipynb #182c6d82
 @patch
@@ -131,7 +133,7 @@ def plot(self: LabelResult) -> "matplotlib.figure.Figure":
     from tokenlabel.plot import plot_result  # matplotlib takes a second to import, and a label needs no picture
     trace = self.trace.assign(accuracy_weight=self.settings.accuracy_weight)
     return plot_result(trace, self.ranking, None if self.heldout.empty else self.heldout,
-                       f"{self.feature.name}: {self.ranking.token[0]}")
+                       f"{self.feature.name}: {visible(self.label.encode())}")
 
 # %% ../nbs/15_result.ipynb #85a13dde
 @patch

@@ -106,7 +106,7 @@ def cut_windows(
     begin = lambda at: max(min(at - WIDTH // 2, tokens.shape[1] - WIDTH), 0)
     places = [(row[k], begin(position[k])) for k in order[evenly(np.sort(first))]]  # one in each row
     silent, hard = np.setdiff1d(np.arange(len(tokens)), active), []
-    if hard_negatives and len(silent):
+    if hard_negatives and places and len(silent):
         some = evenly(silent, 5000)
         rows, starts = most_alike(tokens[some], [tokens[r, start:start + WIDTH] for r, start in places], ROWS // 2)
         hard, silent = [*zip(some[rows], starts)], np.setdiff1d(silent, some[rows])
