@@ -1,7 +1,6 @@
 """Search methods at the same cost: each pays for its questions, and its log is true. On tiny random models."""
 import gc
 import json
-import math
 import weakref
 from functools import lru_cache
 
@@ -14,8 +13,7 @@ from conftest import make_tiny_lm, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 
 from tokenlabel.channel import Channel, channel
-from tokenlabel.compare import (METHODS, Problem, compare, compare_all, comparison_table, explainer, first_order_change, mean_at,
-                                plot_comparison, pmi)
+from tokenlabel.compare import METHODS, Problem, compare, explainer, first_order_change, pmi
 from tokenlabel.exhaustive import Meter, count_positions
 from tokenlabel.feature import Feature
 from tokenlabel.label import label_feature
@@ -170,44 +168,3 @@ def test_an_explainer_with_another_vocabulary_is_understood_by_its_texts():
         for _ in explainer(problem, lm): pass
     ours, theirs = tried[:one.lm.label_count], tried[one.lm.label_count:]
     assert ours == theirs and sorted(ours) == one.lm.admissible.nonzero()[:, 0].tolist() != ours
-
-
-# --- table and figure -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs() -> pd.DataFrame:
-    chosen = {name: METHODS[name] for name in ("token space", "random", "PMI")}
-    few = Feature.from_words("few", ["cat", "dog", "horse"], ["car", "book", "red"])
-    return compare_all([WORDS, few], make_tiny_lm("llama"), methods=chosen, seeds=np.arange(2), progress=False,
-                       lowest={("animals", 0): by_hand().loss.min()})
-
-
-def test_all_features_seeds_and_methods(runs):
-    assert len(runs.groupby(["feature", "seed", "method"])) == 2 * 2 * 3
-    assert (runs.regret >= -1e-5).all()
-    assert (runs[runs.feature == "few"].groupby("seed").regret.min() == 0).all()  # relative to the best of the methods
-    known = runs[(runs.feature == "animals") & (runs.seed == 0)]
-    np.testing.assert_allclose(known.regret, known.loss - by_hand().loss.min(), atol=1e-4, rtol=0)
-    budgets, spent = (runs[runs.method == name].groupby(["feature", "seed"]).positions.max()
-                      for name in ("token space", "random"))
-    assert (spent >= np.minimum(budgets, 2000)).all()  # 2000: then it has tried most of this small vocabulary
-
-
-def test_the_table_has_the_end_of_each_run(runs):
-    table, last = comparison_table(runs), runs.groupby(["method", "feature", "seed"]).tail(1)
-    for method, part in last.groupby("method"):
-        assert table["mean regret"][method] == pytest.approx(part.regret.mean()) and table.runs[method] == 4
-        assert table.found[method] == (part.regret <= 0.01).mean()
-    assert table["mean regret"].is_monotonic_increasing
-
-
-def test_the_figure_has_means_over_runs_and_the_chance_line(runs):
-    left, right = plot_comparison(runs).axes
-    assert any(set(line.get_ydata()) == {0.5} for line in right.lines)
-    part = runs[runs.method == "random"]
-    expected = part.groupby(["feature", "seed"]).regret.last().mean()
-    assert mean_at(part, "regret", np.array([part.positions.max()]))[0] == pytest.approx(expected)
-    assert math.isnan(mean_at(part, "regret", np.array([0]))[0])
-    ends = sorted(line.get_ydata()[0] for line in left.lines if line.get_marker() == "o")
-    assert ends == pytest.approx(sorted(comparison_table(runs)["mean regret"]))

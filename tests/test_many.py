@@ -1,7 +1,6 @@
 """Many features: the same labels as one by one, whatever shares a pass, and nothing lost when a process ends."""
 import gc
 import json
-import os
 import resource
 import signal
 import subprocess

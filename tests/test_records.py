@@ -48,10 +48,9 @@ def test_a_table_of_texts_has_a_row_for_each_span(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (LINES.encode("utf-16"), "the file is in UTF-16;"), (LINES.encode("utf-16-le"), "the file is in UTF-16LE;"),
     (LINES.encode("utf-16-be"), "the file is in UTF-16BE;"), (LINES.encode("utf-32"), "the file is in UTF-32;"),
-    *((LINES.replace("fig", word).encode(encoding), rf"not in UTF-8 \(line 2\).* {encoding} \(which gives '{word}'\)")
-      for encoding, word in [("windows-1252", "über"), ("koi8-r", "яблоко"), ("windows-1251", "яблоко"), ("gb18030", "苹果"),
-                             ("windows-1253", "μήλο"), ("euc_kr", "사과"), ("shift_jis", "りんご")]),
-    (LINES.encode() + b"x" * 5000 + b"\xfc" * 5000, r"not in UTF-8 \(line 5\)"), (b"\x80" * 10**6, r"not in UTF-8 \(line 1\)"),
+    *((LINES.replace("fig", word).encode(encoding), r"not in UTF-8 \(line 2, near '.*'\); save it as UTF-8")
+      for encoding, word in [("windows-1252", "über"), ("koi8-r", "яблоко"), ("gb18030", "苹果"), ("shift_jis", "りんご")]),
+    (LINES.encode() + b"x" * 5000 + b"\xfc" * 5000, r"not in UTF-8 \(line 5, near"), (b"\x80" * 10**6, r"not in UTF-8 \(line 1, near"),
     (b"PAR1" + bytes(9), "the file is a Parquet file"), (b"PK\x03\x04" + bytes(9), "a ZIP archive or an Excel file"),
     (b"<!DOCTYPE html><html>" + bytes(9), "a web page"), (b"\x80\x04\x95", "a pickle"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),

@@ -15,7 +15,7 @@ from tokenlabel.by_type import word_table
 from tokenlabel.detect import score_gains
 from tokenlabel.feature import Feature
 from tokenlabel.latent_page import histogram, latent_card, predicted, shown_texts, window, write_page
-from tokenlabel.read import read_feature, read_features
+from tokenlabel.read import read_features
 from tokenlabel.write import COLUMNS, PLACE, summary_row, write_delphi, write_neuronpedia, write_table
 
 ODD = '<b>"x"</b> & 動物'
@@ -96,7 +96,7 @@ def test_a_run_of_delphi_has_the_label_as_its_explanation(tmp_path):
     window = dict(str_tokens=[" a", " Friday"], activations=[0.0, 2.0], activating=True)
     silent = dict(str_tokens=[" a", " bar"], activations=[0.0, 0.0], activating=False)
     (scores / "6-res_latent3.txt").write_text(json.dumps([window, silent]))
-    assert read_feature(tmp_path).source["explanations"] == ['動物 "x"']
+    assert next(read_features(tmp_path)).source["explanations"] == ['動物 "x"']
 
 
 def test_other_files_of_a_run_stay(tmp_path):

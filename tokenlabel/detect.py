@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['word_gains', 'context_gains', 'text_table', 'fit_threshold', 'fuzz_table', 'score_gains', 'deciles', 'by_decile',
-           'score_explanation', 'best_word', 'one_token', 'find_verdict']
+           'score_explanation', 'rule_accuracy', 'best_word', 'one_token', 'find_verdict']
 
 # %% ../nbs/17_detect.ipynb #398c0d17
 from collections.abc import Sequence
@@ -163,16 +163,18 @@ def score_explanation(
     return score_gains(words.assign(gain=gain[0], heldout=out[words.text.rank(method="dense").astype(int) - 1]), seed)
 
 # %% ../nbs/17_detect.ipynb #4fcc9c94
+def rule_accuracy(words: pd.DataFrame, rule: Sequence[str]) -> float:  # `words` as in `score_gains`; word types
+    "The balanced accuracy on the held-out texts of the rule that a feature fires where one of these words is."
+    texts = words[words.heldout].assign(has=words.type.isin(rule), active=words.activation > 0).groupby("text")[["has", "active"]].any()
+    return float((texts.has[texts.active].mean() + 1 - texts.has[~texts.active].mean()) / 2)
+
 def best_word(words: pd.DataFrame) -> tuple[str, float]:  # `words` as in `score_gains`
     "The word type whose presence best tells the active texts, and its balanced accuracy on the held-out texts."
-    texts = words.groupby("text").agg(active=("activation", "max"), heldout=("heldout", "first"))
-    active, out = texts.active > 0, texts.heldout
-    def accuracy(word: str, rows: pd.Series) -> float:
-        has = texts.index.isin(words.text[words.type == word])[rows]
-        return (has[active[rows]].mean() + 1 - has[~active[rows]].mean()) / 2
-    train = words[~words.heldout & (words.activation > 0)]
-    best = max(train.type.unique(), key=lambda word: accuracy(word, ~out))
-    return best, float(accuracy(best, out))
+    train = words[~words.heldout]
+    has, active = pd.crosstab(train.type, train.text) > 0, train.groupby("text").activation.max() > 0
+    lead = has.loc[:, active].mean(axis=1) - has.loc[:, ~active].mean(axis=1)
+    best = lead[train.type[train.activation > 0].unique()].idxmax()
+    return best, rule_accuracy(words, [best])
 
 def one_token(words: pd.DataFrame, least: float = 0.8) -> str | None:
     "The word that a feature fires on, if there is one: nearly all activation is on it, and nearly all of it is active."

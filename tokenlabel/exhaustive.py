@@ -30,7 +30,7 @@ from .files import check_seal, sealed_folder, write_file
 from .forward import Discriminator, Stage
 from .label import begin, check_arguments
 from .lm import LM
-from .objective import class_weights, cross_entropy, fit_bias
+from .objective import calibrated_loss, class_weights
 from .prompts import plain_prompts, prompts_from
 from .rank import discrete_loss, rank_labels, stop_penalty, train_logits
 from .result import LabelResult
@@ -67,7 +67,7 @@ def accuracy_bound(
 ) -> Tensor:  # [C], in nats
     "Lower bounds of the accuracy losses of C labels, for any gain of the missing tokens."
     z, off = z + stage.bound, off * stage.known
-    return cross_entropy(z + fit_bias(z, on, off)[:, None], on, off)
+    return calibrated_loss(z, on, off)[0]
 
 # %% ../nbs/21_exhaustive.ipynb #f4a18421
 def prune_threshold(best: Sequence[float], top: int | None, dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from .detect import context_gains, find_verdict, one_token, score_gains, word_ga
 from .feature import ACTIVE, Feature
 from .forward import Discriminator, progress_line
 from .lm import LM
-from .objective import RowWeights, balanced_bce, class_weights, cross_entropy, fit_bias, objective
+from .objective import RowWeights, balanced_bce, calibrated_loss, class_weights, objective
 from .prompts import PROMPTS
 from .rank import rank_labels
 from .result import NO_SCORES, NO_TABLE, LabelResult
@@ -186,10 +186,8 @@ def rank_by_text(ranking: pd.DataFrame, gains: np.ndarray, judge: Discriminator,
     texts = words.groupby("text").agg(activation=("activation", "max"), heldout=("heldout", "first"))
     active, out = torch.tensor(texts.activation.to_numpy() > 0).float(), torch.tensor(texts.heldout.to_numpy(), dtype=torch.bool)
     z = torch.tensor(np.maximum.reduceat(gains, np.flatnonzero(np.diff(words.text, prepend=-1)), axis=1))
-    on, off = class_weights(active, settings.positive_weight, weight=~out)
-    z = z + fit_bias(z, on, off)[:, None]
-    loss = cross_entropy(z, on, off).numpy()
-    ranking = ranking.assign(loss=settings.accuracy_weight * loss + kl_weight(settings, judge) * ranking.kl, accuracy_loss=loss,
+    loss, z = calibrated_loss(z, *class_weights(active, settings.positive_weight, weight=~out))
+    ranking = ranking.assign(loss=settings.accuracy_weight * loss.numpy() + kl_weight(settings, judge) * ranking.kl, accuracy_loss=loss.numpy(),
                              auroc_train=auroc(z[:, ~out], active[~out]))
     if out.any():
         ranking["auroc_heldout"] = auroc(z[:, out], active[out])

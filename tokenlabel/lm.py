@@ -15,10 +15,10 @@ import transformers
 from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .checkpoint import from_pretrained, load_model, short, weights_fault
 from .store import locate
+from .words import BYTE_OF
 
 # %% ../nbs/01_lm.ipynb #94405e42
 class Head(NamedTuple):
@@ -134,8 +134,7 @@ def token_bytes(self: LM, id: int) -> bytes:
     text, piece = self.token(id), self.tokenizer.convert_ids_to_tokens(id)
     if "\ufffd" not in text: return text.encode()
     if re.fullmatch("<0x[0-9A-F]{2}>", piece): return bytes([int(piece[1:-1], 16)])  # SentencePiece's byte fallback
-    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers (GPT-2)
-    return bytes(byte_of[char] for char in piece) if byte_of.keys() >= set(piece) else text.encode()
+    return bytes(map(BYTE_OF.get, piece)) if BYTE_OF.keys() >= set(piece) else text.encode()
 
 # %% ../nbs/01_lm.ipynb #6389385d
 def visible(content: bytes) -> str:

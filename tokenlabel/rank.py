@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .forward import Batch, Discriminator
-from .objective import balanced_bce, calibrate, class_weights, cross_entropy
+from .objective import balanced_bce, calibrated_loss, class_weights
 from .score import auroc
 from .settings import Settings, kl_weight
 
@@ -68,10 +68,7 @@ def train_logits(
     "Fit scale and bias on the training examples, and apply them to all examples."
     tokens, scaled = discriminator.tokens, discriminator.needs_scale
     weights = class_weights(tokens.activation[example], settings.positive_weight, scaled, tokens.train_weight[example])
-    on, off = (weight.to(z.device) for weight in weights)
-    scale, bias = calibrate(z, on, off, scaled)
-    z = scale[:, None] * z + bias[:, None]
-    return cross_entropy(z, on, off), z
+    return calibrated_loss(z, *(weight.to(z.device) for weight in weights), scaled)
 
 # %% ../nbs/13_rank.ipynb #e07af4ba
 class Scores(NamedTuple):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Maker', 'FORMATS', 'Window', 'check_window', 'split_window', 'from_windows', 'items', 'check_windows', 'check_top',
            'feature_of', 'neuronpedia', 'batches', 'neuronpedia_export', 'saedashboard', 'balanced_accuracy', 'delphi',
-           'Format', 'each', 'read_features', 'read_feature']
+           'Format', 'each', 'read_features']
 
 # %% ../nbs/25_read.ipynb #2d2fd2b7
 import glob, math, warnings
@@ -341,9 +341,3 @@ def read_features(
             else: yield feature
         if count == len(errors): raise ValueError(errors[0] if errors else "no feature is there")
     if errors: warnings.warn(f"{file_name(path)}: {len(errors)} of {count} features are left out; the first: {errors[0]}")
-
-def read_feature(path: str | Path) -> Feature:
-    "The feature of a file. Raises ValueError for a file with several."
-    feature, *others = read_features(path)
-    if others: raise ValueError(f"{file_name(Path(path))} has {1 + len(others)} features; give a file with one")
-    return feature

@@ -20,7 +20,7 @@ from .evaluator import spellings
 from .feature import ACTIVE
 from .files import write_file
 from .forward import Discriminator
-from .objective import calibrate, class_weights, cross_entropy, kl_divergence
+from .objective import calibrated_loss, class_weights, kl_divergence
 from .phase import PHASES, sweep
 from .plot import drawable
 from .rank import score_labels
@@ -38,10 +38,8 @@ def predictions(
     batches, activation = discriminator.batches(), discriminator.tokens.activation.to(points.device)
     z = torch.stack([torch.cat([discriminator.read(state[:, None], batch)[0] for batch in batches], 1)
                      for state in points.unbind(1)], 1)
-    on, off = class_weights(activation, smooth=discriminator.needs_scale)
-    scale, bias = calibrate(z, on, off, discriminator.needs_scale)
-    z = scale[..., None] * z + bias[..., None]
-    return cross_entropy(z, on, off), z.sigmoid()
+    loss, z = calibrated_loss(z, *class_weights(activation, smooth=discriminator.needs_scale), discriminator.needs_scale)
+    return loss, z.sigmoid()
 
 # %% ../nbs/51_replay.ipynb #0f7107cd
 def rounded(values: Tensor, digits: int = 3) -> list:

@@ -25,7 +25,7 @@ from .direct import direct
 from .feature import ACTIVE
 from .forward import Batch, Discriminator, Query
 from .lm import LM
-from .objective import RowWeights, calibrate, class_accuracy, class_weights, cross_entropy, objective
+from .objective import RowWeights, calibrated_loss, class_accuracy, class_weights, cross_entropy, objective
 from .settings import Settings, kl_weight
 from .softlabel import embed_softlabel, log_softlabel
 from .tokenize import TokenizedFeature
@@ -236,9 +236,7 @@ def discrete_accuracy(
 ) -> Tensor:  # [R], in nats
     "Accuracy loss of the most probable labels alone, on the same data."
     z, _ = read(discriminator.lm.embed(ids))
-    if calibrated:
-        scale, bias = calibrate(z, data.on, data.off, discriminator.needs_scale)
-        z = scale[:, None] * z + bias[:, None]
+    if calibrated: return calibrated_loss(z, data.on, data.off, discriminator.needs_scale)[0]
     return cross_entropy(z, data.on, data.off)
 
 # %% ../nbs/12_search.ipynb #4f5dcbd2

@@ -9,7 +9,7 @@ __all__ = ['RULES', 'FIELDS', 'check_field', 'Settings', 'make_settings', 'kl_we
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 

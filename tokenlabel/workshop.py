@@ -9,8 +9,8 @@ __all__ = ['check_softmax', 'check_entropy', 'check_embedding', 'check_log_prob'
            'shown', 'FunctionCheck', 'missing', 'check_choices', 'check_temperature', 'check_alone',
            'check_entropy_weight', 'decided', 'check_price', 'check_verdicts', 'check_wrong_label', 'read_exercises',
            'solve', 'write_solutions', 'learner_copy', 'write_lessons', 'next_tokens', 'word_logits', 'word_groups',
-           'compare_labels', 'descend_alone', 'marked', 'try_texts', 'rule_accuracy', 'draw_triangle', 'draw_tokens',
-           'draw_words', 'draw_losses']
+           'compare_labels', 'descend_alone', 'marked', 'try_texts', 'draw_triangle', 'draw_tokens', 'draw_words',
+           'draw_losses']
 
 # %% ../nbs/46_workshop.ipynb #dc6d9e33
 from base64 import b64encode
@@ -532,15 +532,6 @@ def try_texts(
         [values] = found.activations(number, torch.tensor([ids]))
         rows.append((marked(lm, lm.tokenizer.convert_ids_to_tokens(ids), values.tolist()), float(values.max())))
     return pd.DataFrame(rows, columns=["text", "activation"])
-
-# %% ../nbs/46_workshop.ipynb #6e9dcba1
-def rule_accuracy(
-    words: pd.DataFrame,  # of a `LabelResult` of running texts
-    rule: Sequence[str],  # word types, in lower case
-) -> float:
-    "The balanced accuracy of the rule that a feature fires where one of the words is, on the held-out texts."
-    texts = words.assign(said=words.type.isin(rule), active=words.activation > 0)[words.heldout].groupby("text")
-    return float(check_balanced_accuracy.right(*(tensor(texts[name].any().to_numpy()) for name in ("said", "active"))))
 
 # %% ../nbs/46_workshop.ipynb #852272b4
 @style()
