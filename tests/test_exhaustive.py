@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenlabel.channel import Channel, channel
 from tokenlabel.direct import direct
 from tokenlabel.exhaustive import (Oracle, accuracy_bound, count_positions, evaluate_all, label_ids, oracle, rank_in,
-                                   read_arrays, regret, word_table, write_arrays)
+                                   read_arrays, regret, word_log_probs, write_arrays)
 from tokenlabel.feature import Feature
 from tokenlabel.files import seal
 from tokenlabel.forward import Stage
@@ -284,18 +284,18 @@ def test_arrays_altered_anywhere_are_computed_again_or_unchanged(tmp_path, seed)
 # --- many features at once --------------------------------------------------------------------------------------------
 
 
-def test_a_word_table_has_the_logits_of_the_channel(tmp_path):
+def test_word_log_probs_are_the_logits_of_the_channel(tmp_path):
     one = discriminator_of(Feature.from_words("x", ["cat", "dog"], ["an", "the"]), heldout=0)
     assert all(len(ids) == 1 for ids in one.tokens.documents)
     words, labels = torch.tensor([id for [id] in one.tokens.documents]), torch.arange(60, 90)
     for part in (labels[:7], labels):  # the second time, seven rows are known
         with count_positions(one.lm) as meter:
-            rows = [word_table(one.lm, prompt, part, words, tmp_path, progress=False) for prompt in one.read_prompts]
+            rows = [word_log_probs(one.lm, prompt, part, words, tmp_path, progress=False) for prompt in one.read_prompts]
         z = (torch.stack(rows) - one.marginal[:, None]).mean(0)
         torch.testing.assert_close(z, one.token_logits(part[:, None], one.batch()), atol=1e-2, rtol=0)
     assert meter.positions == (len(labels) - 7) * sum(1 + len(prompt.after) for prompt in one.read_prompts)
     with count_positions(one.lm) as meter:
-        again = word_table(one.lm, one.read_prompts[0], labels.flip(0), words, tmp_path, progress=False)
+        again = word_log_probs(one.lm, one.read_prompts[0], labels.flip(0), words, tmp_path, progress=False)
     assert meter.positions == 0 and torch.equal(again.flip(0), rows[0])
 
 

@@ -28,7 +28,7 @@ from tokenlabel.many import Job, label_all
 settings, words = Settings.from_plain({HOW.plain()!r}), {WORDS!r}
 jobs = [Job(f"job {{i}}", Feature.from_words("x", {{word: float(j % (i + 2) == 0) for j, word in enumerate(words)}}), settings)
         for i in range(4)]
-found = label_all(jobs, load_lm(lm), runs=runs, progress=False, processes=1)
+found = label_all(jobs, load_lm(lm), runs=runs, progress=False, workers=1)
 for name in "ab": Path(figures, f"{{name}}.json").write_text(json.dumps([result.label for result in found]))
 """
 

@@ -151,10 +151,10 @@ def test_the_layout_follows_the_rule(stored, lm):
     assert choose_layout(stored, 1, working_memory=0)[:2] == (1, cpus)
     assert choose_layout(stored, cpus, working_memory=0)[:2] == choose_layout(stored, 99, working_memory=0)[:2] == (cpus, 1)
     assert choose_layout(stored, 99, working_memory=1e15)[:2] == (1, cpus)
-    assert choose_layout(stored, 99, processes=3)[:2] == (3, max(1, cpus // 3))
+    assert choose_layout(stored, 99, workers=3)[:2] == (3, max(1, cpus // 3))
     assert choose_layout(stored, 99, threads=2 * cpus)[:2] == (1, 2 * cpus)
     assert choose_layout(lm, 99)[0] == 1
-    for wrong in {"processes": 0}, {"threads": -1}:
+    for wrong in {"workers": 0}, {"threads": -1}:
         with pytest.raises(ValueError, match="is less than 1"): choose_layout(stored, 1, **wrong)
 
 
@@ -177,20 +177,20 @@ def entries(runs): return [path for path in (Path(runs) / "cache").glob("[!.]*")
 
 def test_runs_in_workers_are_those_of_one_process_and_are_kept(stored, tmp_path, capsys, quick_starts):
     jobs = some_jobs(3)
-    results = label_all(jobs, stored, runs=tmp_path, processes=2, threads=1)
+    results = label_all(jobs, stored, runs=tmp_path, workers=2, threads=1)
     first, *lines = filter(None, capsys.readouterr().out.splitlines())
     assert first.startswith("3 of 3 jobs to do, at the same time: 2, threads of each: 1")
     assert sorted(line.split(":")[0] for line in lines) == ["seed 0", "seed 1", "seed 2"]
     assert [line.partition("(")[2][:11] for line in lines] == ["1 of 3 done", "2 of 3 done", "3 of 3 done"]
     assert [result.settings.seed for result in results] == [0, 1, 2]
-    here = label_all(jobs, stored, runs=tmp_path / "here", processes=1, threads=1)
+    here = label_all(jobs, stored, runs=tmp_path / "here", workers=1, threads=1)
     assert all(map(same, results, here))
     again = label_all(jobs[::-1], stored, runs=tmp_path)
     assert all(map(same, results[::-1], again)) and again[0].seconds == results[2].seconds
     more = some_jobs(4)
-    label_all(more, stored, runs=tmp_path, processes=1)
+    label_all(more, stored, runs=tmp_path, workers=1)
     assert "1 of 4 jobs to do" in (out := capsys.readouterr().out) and "(4 of 4 done)" in out
-    label_all([*more, *more], stored, runs=tmp_path / "quiet", processes=1, progress=False)
+    label_all([*more, *more], stored, runs=tmp_path / "quiet", workers=1, progress=False)
     assert capsys.readouterr() == ("", "") and len(entries(tmp_path / "quiet")) == 4
 
 
@@ -199,17 +199,17 @@ def test_a_job_that_fails_stops_the_others_and_what_is_finished_is_kept(stored, 
     bad = Job("the bad one", Feature.from_words("few", {"cat": 1.0, "dog": 0.0}), replace(HOW, heldout=0.3))
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="^the bad one failed: ValueError: "):
-        label_all([good, bad, other], stored, runs=tmp_path, processes=1, threads=before + 1, progress=False)
+        label_all([good, bad, other], stored, runs=tmp_path, workers=1, threads=before + 1, progress=False)
     assert len(entries(tmp_path)) == 1 and torch.get_num_threads() == before
 
 
 def test_a_model_made_in_memory_is_used_in_this_process(lm, tmp_path, capsys):
-    assert len(label_all(some_jobs(2), lm, runs=tmp_path, processes=2)) == 2
+    assert len(label_all(some_jobs(2), lm, runs=tmp_path, workers=2)) == 2
     assert "at the same time: 1" in (said := capsys.readouterr().out) and "made in memory" in said
 
 
 def test_a_call_that_cannot_work_leaves_nothing(stored, tmp_path):
-    for wrong in {"processes": 0}, {"threads": -1}:
+    for wrong in {"workers": 0}, {"threads": -1}:
         with pytest.raises(ValueError, match="is less than 1"): label_all(some_jobs(1), stored, runs=tmp_path, **wrong)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -224,7 +224,7 @@ from tokenlabel.many import Job, label_all
 feature = Feature.from_words("feature 0", {words})
 jobs = [Job(f"seed {{seed}}", feature, Settings(prompts={prompts}, steps=steps, candidates=3, heldout=0, seed=seed))
         for seed, steps in enumerate([3, 200_000, 200_000])]
-label_all(jobs, load_lm(sys.argv[1]), runs=sys.argv[2], processes=2, threads=1)
+label_all(jobs, load_lm(sys.argv[1]), runs=sys.argv[2], workers=2, threads=1)
 """
 
 

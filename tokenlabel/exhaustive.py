@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORING', 'Meter', 'count_positions', 'accuracy_bound', 'prune_threshold', 'evaluate', 'Oracle', 'Progress',
            'write_arrays', 'read_arrays', 'evaluate_all', 'label_ids', 'rank_all', 'oracle', 'regret', 'rank_in',
-           'word_table']
+           'word_log_probs']
 
 # %% ../nbs/21_exhaustive.ipynb #8c7a328a
 import io, json, math, operator, time, warnings
@@ -325,7 +325,7 @@ def rank_in(
     return int((better & others.exact).sum()), int(better.sum())
 
 # %% ../nbs/21_exhaustive.ipynb #2042f3c2
-def word_table(
+def word_log_probs(
     lm: LM, prompt: Prompt,
     labels: Tensor,  # long [C], tokens
     words: Tensor,  # long [W], tokens

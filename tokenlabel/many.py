@@ -124,20 +124,20 @@ def label_there(
 def choose_layout(
     lm: LM,
     jobs: int,
-    processes: int | None = None,  # None, here and for threads: by the rule
+    workers: int | None = None,  # processes; None, here and for threads: by the rule
     threads: int | None = None,
     working_memory: float = 1.7e9,  # bytes of a process, besides the weights
 ) -> tuple[int, int, str]:  # processes (1: this one), threads of each, reason
     "One process per core with one thread each; with fewer jobs than cores, the jobs share all cores."
-    for name, count in ("processes", processes), ("threads", threads):
+    for name, count in ("workers", workers), ("threads", threads):
         if count is not None and count < 1: raise ValueError(f"{name}={count} is less than 1")
     why = "" if lm.model.name_or_path else "the language model was made in memory: no other process has it"
     if lm.device.type != "cpu": why = f"the language model is on {lm.device}"
     if why: return 1, threads or torch.get_num_threads(), why
     cpus, weights = available_cpus(), sum(weight.nbytes for weight in lm.model.parameters())
     fit = int(available_memory() // (weights + working_memory))
-    count = min(jobs, processes or max(1, min(cpus // (threads or 1), fit)))
-    why = "as asked for" if processes or threads else "memory for no more" if fit < min(jobs, cpus) else f"{cpus} processors"
+    count = min(jobs, workers or max(1, min(cpus // (threads or 1), fit)))
+    why = "as asked for" if workers or threads else "memory for no more" if fit < min(jobs, cpus) else f"{cpus} processors"
     return count, threads or max(1, cpus // count), why
 
 # %% ../nbs/41_many.ipynb #9624a3f0
@@ -234,8 +234,8 @@ def label_all(
     lm: LM,
     *,
     runs: Path,  # results are kept in `runs/cache`
-    processes: int | None = None,  # default: see `choose_layout`; 1: this process
-    threads: int | None = None,  # of each process
+    workers: int | None = None,  # processes; default: see `choose_layout`; 1: this process
+    threads: int | None = None,  # of each worker
     progress: bool = True,  # print a line for each result
 ) -> list[LabelResult]:  # in the order of the jobs
     """Label features in several processes. Results of earlier calls are used. An error of a job (RuntimeError with the
@@ -245,16 +245,16 @@ def label_all(
     entries = [cache_entry(dict(feature=job.feature, lm=lm, settings=job.settings), runs) for job in jobs]
     found = {entry: read_entry(entry, LabelResult.load) for entry in entries}
     todo = {n: jobs[n] for entry, n in {entry: n for n, entry in enumerate(entries)}.items() if found[entry] is None}
-    processes, threads, reason = choose_layout(lm, max(1, len(todo)), processes, threads)
+    workers, threads, reason = choose_layout(lm, max(1, len(todo)), workers, threads)
     if not todo: return [found[entry] for entry in entries]
     check_writable(runs)
-    if progress: print(f"{len(todo)} of {len(jobs)} jobs to do, at the same time: {processes}, threads of each: "
+    if progress: print(f"{len(todo)} of {len(jobs)} jobs to do, at the same time: {workers}, threads of each: "
                        f"{threads} ({reason})", flush=True)
     display = Display(len(jobs), sum(job.settings.steps for job in todo.values()), len(jobs) - len(todo), progress)
-    engine, before = "here" if processes == 1 else "processes", torch.get_num_threads()
+    engine, before = "here" if workers == 1 else "processes", torch.get_num_threads()
     try:
         if engine == "here": torch.set_num_threads(threads)
-        with display.bar, closing(run_jobs(todo.items(), lm, engine, processes, threads, together=1)) as news:
+        with display.bar, closing(run_jobs(todo.items(), lm, engine, workers, threads, together=1)) as news:
             for number, value in news:
                 job, entry = jobs[number], entries[number]
                 if isinstance(value, Exception):
