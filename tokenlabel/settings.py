@@ -86,8 +86,8 @@ class Settings:
     stop_weight: float = 0.01  # weight of the stop penalty of discrete labels
     positive_weight: float | None = 0.5  # share of the active class in the accuracy loss; None: examples count alike
     calibrated: bool = True  # fit the bias, and the scale if needed, in each step; False: use the logits unchanged
-    batch_size: int | None = None  # words, texts or questions per step. Default: the discriminator's own
-    candidates: int = 6  # labels of the shortlist that are ranked on all data
+    batch_size: int | None = None  # words, texts or questions per step. Default: the discriminator's own; by type: all types
+    candidates: int = 6  # labels of the shortlist that are ranked on all data; by type at least 16
     proposals: int = 16  # labels that the LM proposes from a list of active words; 0: none
     view: str | None = None  # running text by "types", in "texts", or in "context" with held-out words. Default: types if possible
     heldout: float = 0.3  # share of the word types or texts that are held out for scores; 0: none
