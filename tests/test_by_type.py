@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.by_type import choose_view, explained, split_texts, text_tokens, type_table, word_table
-from tokenlabel.detect import word_gains
+from tokenlabel.detect import context_gains, word_gains
 from tokenlabel.feature import Feature
-from tokenlabel.label import begin, label_feature
+from tokenlabel.label import begin, label_feature, text_gains
 from tokenlabel.many import label_folder, read_folder, result_row
 from tokenlabel.result import LabelResult
 from tokenlabel.settings import Settings
@@ -169,3 +169,13 @@ def test_in_context_both_sides_have_a_text_that_counts_as_active():
     for seed in range(5):
         tokens = text_tokens(feature, make_tiny_lm("llama"), by_type=False, heldout=0.5, seed=seed)
         assert [float(tokens.activation[tokens.heldout == side].max()) for side in (False, True)] == [1, 1]
+
+
+def test_the_scores_of_a_label_in_context_read_no_text_without_a_label_again(monkeypatch):
+    from tokenlabel import channel
+    search, again = begin(CATS, make_tiny_lm("llama"), Settings(view="texts", heldout=0.5)), []
+    monkeypatch.setattr(channel, "marginal_log_probs", lambda *args, **how: again.append(args))
+    gains = text_gains(search.discriminator, [" cat"])
+    monkeypatch.undo()
+    wanted = context_gains(search.discriminator.lm, [" cat"], CATS.texts, word_table(CATS), search.discriminator.prompts)
+    assert not again and np.allclose(gains, wanted, atol=1e-5)

@@ -54,10 +54,11 @@ def context_gains(
     texts: Sequence[str],
     words: pd.DataFrame,  # from `word_table`
     prompts: Sequence[str] = PROMPTS["texts"],
+    known: MarginalCache | None = None,  # of these prompts; saves the texts that it has
     together: int = 8,  # texts in a pass
 ) -> np.ndarray:  # [labels, words], in nats
     "How much more likely each label makes each word, given the text before the word, mean over the prompts."
-    read, gains, ids = MarginalCache(lm, prompts), np.zeros((len(labels), len(words))), [token_ranges(text, lm) for text in texts]
+    read, gains, ids = known or MarginalCache(lm, prompts), np.zeros((len(labels), len(words))), [token_ranges(text, lm) for text in texts]
     labels = [torch.tensor([lm.encode(label)], device=lm.device) for label in labels]
     check_lengths(read, [tokens for tokens, _ in ids], max(label.shape[1] for label in labels))
     starts, ends = words.start.to_numpy(), words.end.to_numpy()

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .by_type import TextTokens, choose_view, text_tokens
 from .candidates import NoLabel, beam_search, propose, shortlist
+from .channel import MarginalCache
 from .cudagraph import stepping
 from .detect import context_gains, find_verdict, one_token, score_gains, word_gains
 from .feature import ACTIVE, Feature
@@ -177,7 +178,9 @@ def text_gains(judge: Discriminator, labels: Sequence[str]) -> np.ndarray:  # [l
     "The gains of labels on all words of the texts, in the view of the search."
     tokens = judge.tokens
     if tokens.by_type: return word_gains(judge.lm, labels, tokens.words.word, judge.prompts)
-    return context_gains(judge.lm, labels, tokens.texts.texts, tokens.words, judge.prompts)
+    known = MarginalCache(judge.lm, judge.prompts)
+    known.known.update(zip(tokens.documents, judge.marginal.split([len(ids) for ids in tokens.documents], 1)))
+    return context_gains(judge.lm, labels, tokens.texts.texts, tokens.words, judge.prompts, known)
 
 
 def rank_by_text(ranking: pd.DataFrame, gains: np.ndarray, judge: Discriminator, settings: Settings) -> pd.DataFrame:
